@@ -1,0 +1,1 @@
+"""normtune: find your own max_norm for gradient clipping."""

@@ -1,0 +1,1 @@
+"""Thin callbacks over the recorder for other training frameworks."""
