@@ -554,7 +554,8 @@ def _choose(lines: _Lines, *, series: str | None, attempt: int | None) -> NormRe
     default = _default_series(chain)
     found = _split(chain, default)
     if not found:
-        message = f"{lines.path} holds no step: the run ended before its first recorded step"
+        name = "the record" if lines.path == Path() else lines.path
+        message = f"{name} holds no step: the run ended before its first recorded step"
         raise RecordError(message)
     if series is not None and series not in found:
         message = f"{lines.path} has no series {series!r}; it has {', '.join(map(repr, found))}"
@@ -631,6 +632,9 @@ def _assemble(
     asked = [d["asked"] for _, d in rows.details if "asked" in d]
     if asked:
         metadata["asked_max_norm"] = _number(asked[-1])
+    imposed = [d["imposed"] for _, d in rows.details if "imposed" in d]
+    if imposed:
+        metadata["imposed"] = True if imposed[-1] else None
     if len(last) < len(steps):
         notes += (f"{len(steps) - len(last)} repeated steps: the later attempt counts",)
     return NormRecord(
@@ -640,7 +644,7 @@ def _assemble(
         series=name,
         metadata=MappingProxyType(metadata),
         findings=_findings(chain),
-        origin=Origin(path=str(lines.path), notes=notes),
+        origin=Origin(path="" if lines.path == Path() else str(lines.path), notes=notes),
     )
 
 
@@ -689,3 +693,99 @@ def _findings(chain: Sequence[_Attempt]) -> tuple[Finding, ...]:
             blocks=bool(line.get("blocks")),
         )
     return tuple(found.values())
+
+
+# --- keeping -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of one series on its way into a record; `extra` as for `row`."""
+
+    step: int
+    norm: float
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+class MemoryStore:
+    """An attempt that is kept in memory, for a recorder without a path."""
+
+    def __init__(self, head: Json) -> None:
+        self._attempt = _Attempt(header=head)
+        self.error: OSError | None = None
+
+    def rows(self, rows: Sequence[Row]) -> None:
+        """Keep `rows`."""
+        if rows:
+            details = {i: strict(dict(r.extra)) for i, r in enumerate(rows) if r.extra}
+            steps = np.array([r.step for r in rows], dtype=np.int64)
+            norms = np.array([r.norm for r in rows], dtype=np.float64)
+            self._attempt.blocks.append(_Block(steps, norms, details))
+
+    def declare(self, line: Json) -> None:
+        """Keep the description of a series."""
+        self._attempt.declared.append(line)
+
+    def finding(self, line: Json) -> None:
+        """Keep a finding."""
+        self._attempt.findings.append(line)
+
+    def record(self, series: str | None = None) -> NormRecord:
+        """What was kept so far."""
+        return _choose(_Lines(Path(), [self._attempt], 0), series=series, attempt=None)
+
+    def state(self) -> list[Json]:
+        """All rows as plain lists, for a checkpoint."""
+        return [
+            {"steps": b.steps.tolist(), "norms": b.norms.tolist(), "details": b.details}
+            for b in self._attempt.blocks
+        ]
+
+    def load(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Put back the rows of `state`, before those of this attempt."""
+        self._attempt.blocks[:0] = [
+            _Block(np.array(b["steps"]), np.array(b["norms"], dtype=float), dict(b["details"]))
+            for b in state
+        ]
+
+    def close(self) -> bool:
+        """Nothing is lost by closing."""
+        return True
+
+
+class FileStore:
+    """An attempt that is written to a record file."""
+
+    def __init__(self, path: str | os.PathLike[str], head: Json) -> None:
+        self._writer = RecordWriter(path)
+        self._writer.write([dumps(head)])
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._writer.path
+
+    @property
+    def error(self) -> OSError | None:
+        """Why the last write failed; None where it did not."""
+        return self._writer.error
+
+    def rows(self, rows: Sequence[Row]) -> None:
+        """Append `rows`."""
+        self._writer.write([row(r.step, r.norm, **r.extra) for r in rows])  # type: ignore[arg-type]
+
+    def declare(self, line: Json) -> None:
+        """Append the description of a series."""
+        self._writer.write([dumps(line)])
+
+    def finding(self, line: Json) -> None:
+        """Append a finding."""
+        self._writer.write([dumps(line)])
+
+    def record(self, series: str | None = None) -> NormRecord:
+        """Read the file back."""
+        return NormRecord.load(self._writer.path, series=series)
+
+    def close(self) -> bool:
+        """Close the file; False where lines were lost."""
+        return self._writer.close()

@@ -1,0 +1,193 @@
+"""Measured norms on their way into a record: kept on the device, read once a flush."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normtune import records
+from normtune.pairing import EachNorm, Measured, Series
+from normtune.records import FileStore, Finding, MemoryStore, Row
+
+SURE_AFTER = 3  # times that a finding must be seen before it forbids a suggestion
+
+
+@dataclass(eq=False)
+class Pending:
+    """A measured step whose values may still be on the device."""
+
+    measured: Measured
+    step: int
+    max_norm: float
+    lr: float
+    belted: bool
+    imposed: bool = False
+
+
+@dataclass
+class _Value:
+    """A pending step's values on the host."""
+
+    norm: float
+    skipped: bool
+    each: list[float] | None
+
+
+class Buffer:
+    """Steps of one attempt that wait for the next flush, and the store that takes them.
+
+    Args:
+        store: Where rows go.
+        names: For each parameter the group whose norm is recorded; empty without groups.
+        norm_type: The p of the groups' norms.
+    """
+
+    def __init__(
+        self, store: FileStore | MemoryStore, names: dict[int, str], norm_type: float
+    ) -> None:
+        self.counts: dict[str, int] = {}
+        self._names = names
+        self._norm_type = norm_type
+        self.restart(store)
+
+    def restart(self, store: FileStore | MemoryStore) -> None:
+        """Begin another attempt: what waited is dropped, steps count on."""
+        self.store = store
+        self._waiting: list[Pending] = []
+        self._declared: set[str] = set()
+        self._default = ""
+        self._written: dict[str, float] = {}
+        self._told: dict[tuple[str, str], int] = {}
+        self._imposed = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def n_steps(self) -> int:
+        """How many steps were seen, of the series with most of them."""
+        return max(self.counts.values(), default=0)
+
+    def keep(
+        self, measured: Measured, *, max_norm: float, lr: float, belted: bool, imposed: bool
+    ) -> None:
+        """Take one step; its values may still be on the device."""
+        name = measured.series.name
+        step = self.counts[name] = self.counts.get(name, 0) + 1
+        self._waiting.append(Pending(measured, step, max_norm, lr, belted, imposed))
+
+    def flush(self) -> None:
+        """Read the waiting values in one go and hand the rows to the store."""
+        pending, self._waiting = self._waiting, []
+        if pending:
+            self._write(pending, _values(pending))
+
+    def tell(self, findings: dict[tuple[str, str], Finding], *, last: bool) -> None:
+        """Hand findings to the store, each when it is new, when it is sure, and at the end."""
+        for key, finding in findings.items():
+            told = self._told.get(key, 0)
+            sure = told < SURE_AFTER <= finding.count
+            if finding.count == told or not (told == 0 or sure or last):
+                continue
+            self._told[key] = finding.count
+            line: dict[str, object] = {"finding": finding.kind, "text": finding.text}
+            line |= {"site": finding.site, "step": finding.step, "count": finding.count}
+            if finding.blocks:
+                line["blocks"] = True
+            self.store.finding(line)
+
+    def _write(self, pending: Sequence[Pending], values: Sequence[_Value]) -> None:
+        several = len(self.counts) > 1
+        rows = []
+        for item, value in zip(pending, values, strict=True):
+            name = item.measured.series.name
+            if name not in self._declared:
+                self._declare(item.measured.series, default=not self._declared)
+            rows.append(self._row(item, value, name, several=several))
+        self.store.rows(rows)
+
+    def _row(self, item: Pending, value: _Value, name: str, *, several: bool) -> Row:
+        extra: dict[str, object] = {}
+        if several and name != self._default:
+            extra["series"] = name
+        changed = self._written
+        for key, number in (
+            ("max_norm", item.max_norm),
+            ("lr", item.lr),
+            ("asked", item.measured.asked if item.measured.asked is not None else math.nan),
+        ):
+            if not math.isnan(number) and changed.get(f"{name} {key}") != number:
+                changed[f"{name} {key}"] = number
+                extra[key] = number
+        if item.imposed != self._imposed:
+            self._imposed = extra["imposed"] = item.imposed
+        if value.skipped:
+            extra["skipped"] = True
+        if item.belted:
+            extra["belted"] = True
+        if value.each:
+            extra["groups"] = self._grouped(item.measured.each, value.each)
+        return Row(item.step, value.norm, extra)
+
+    def _declare(self, series: Series, *, default: bool) -> None:
+        self._declared.add(series.name)
+        line: dict[str, object] = {
+            "series": series.name,
+            "by": series.by,
+            "norm_type": series.norm_type,
+            "tensors": series.tensors,
+            "parameters": series.parameters,
+        }
+        if default:
+            self._default = series.name
+            line["default"] = True
+        self.store.declare(records.strict(line))
+
+    def _grouped(self, each: EachNorm | None, norms: Sequence[float]) -> dict[str, float]:
+        assert each is not None  # noqa: S101  values of each parameter come with their ids
+        p = self._norm_type
+        parts: dict[str, list[float]] = {}
+        for key, norm in zip(each.ids, norms, strict=True):
+            parts.setdefault(self._names.get(key, "other"), []).append(norm)
+        return {name: float(f"{np.linalg.norm(part, ord=p):.6g}") for name, part in parts.items()}
+
+
+def _values(pending: Sequence[Pending]) -> list[_Value]:
+    """Bring the waiting values to the host: one read per device, none for the CPU."""
+    tensors: list[Tensor] = []
+    for item in pending:
+        m = item.measured
+        tensors.append(m.norm)
+        if isinstance(m.skipped, Tensor):
+            tensors.append(m.skipped)
+        if m.each is not None:
+            tensors.append(m.each.norms)
+    numbers = iter(_to_host(tensors))
+    values = []
+    for item in pending:
+        m = item.measured
+        norm = next(numbers)[0]
+        skipped = bool(next(numbers)[0]) if isinstance(m.skipped, Tensor) else m.skipped
+        each = next(numbers) if m.each is not None else None
+        values.append(_Value(norm, skipped, each))
+    return values
+
+
+def _to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
+    found: list[list[float]] = [[] for _ in tensors]
+    by_device: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(i)
+    for device, where in by_device.items():
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        flat = torch.cat([tensors[i].detach().reshape(-1).to(wide) for i in where]).tolist()
+        start = 0
+        for i in where:
+            found[i] = flat[start : start + tensors[i].numel()]
+            start += tensors[i].numel()
+    return found

@@ -1,0 +1,191 @@
+"""The norm of gradients, read-only and in fp32 at least, and torch's own arithmetic of clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad
+
+HALF = (torch.float16, torch.bfloat16)
+PLAIN = (Tensor, torch.nn.Parameter)
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+EPSILON = 1e-6  # the one in torch's coefficient, max_norm / (total_norm + 1e-6)
+
+
+def unwrapped(target: Any) -> Any:
+    """The optimizer inside wrappers that hold it as ``.optimizer`` (Accelerate, DeepSpeed)."""
+    seen = 0
+    while not isinstance(target, torch.optim.Optimizer) and seen < 10:
+        inner = getattr(target, "optimizer", None)
+        if inner is None or not hasattr(inner, "param_groups"):
+            break
+        target, seen = inner, seen + 1
+    return target
+
+
+def parameters_of(target: Any) -> list[Tensor]:
+    """The parameters of an optimizer, a module, or an iterable of parameters, each once."""
+    if isinstance(target, torch.nn.Module):
+        found: Iterable[Tensor] = target.parameters()
+    elif hasattr(target, "param_groups"):
+        found = (p for group in target.param_groups for p in group["params"])
+    else:
+        found = target
+    return list({id(p): p for p in found}.values())
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients that exist."""
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def is_plain(grads: Sequence[Tensor]) -> bool:
+    """Whether all gradients are dense, of one device and one floating dtype, and no subclass."""
+    first = grads[0]
+    device, dtype, layout = first.device, first.dtype, torch.strided
+    if not dtype.is_floating_point:
+        return False
+    return all(
+        type(g) in PLAIN and g.dtype == dtype and g.device == device and g.layout == layout
+        for g in grads
+    )
+
+
+@torch.no_grad()
+def norms_of_each(grads: Sequence[Tensor], norm_type: float = 2.0) -> list[Tensor]:
+    """The norm of each gradient as a 0-dim tensor of fp32 or wider, left on its device.
+
+    Args:
+        grads: Gradients of any floating or complex dtype; sparse ones are coalesced in a copy,
+            sharded ones (DTensor) reduced over their mesh.
+        norm_type: The p of the norm.
+    """
+    if not grads:
+        return []
+    if is_plain(grads):
+        wide = _WIDE.get(grads[0].dtype)
+        if wide is None:
+            return list(torch._foreach_norm(list(grads), norm_type))
+        return list(torch._foreach_norm(list(grads), norm_type, dtype=wide))
+    return [_norm_of_one(g, norm_type) for g in grads]
+
+
+def _norm_of_one(grad: Tensor, norm_type: float, dtype: torch.dtype | None = None) -> Tensor:
+    dense = grad.detach()
+    if dense.layout == torch.sparse_coo:
+        dense = dense.coalesce().values()  # a copy where it was not coalesced; never in place
+    elif dense.layout != torch.strided:
+        dense = dense.values()
+    if dense.is_complex():
+        dense = dense.abs()
+    norm = torch.linalg.vector_norm(dense, norm_type, dtype=dtype or _WIDE.get(dense.dtype))
+    return whole(norm)
+
+
+def whole(norm: Tensor) -> Tensor:
+    """A DTensor's value over all its ranks; a plain tensor as it is.
+
+    Never ``item()`` or ``to_local()``: the norm of a shard is partial, and they would return it.
+    """
+    full = getattr(norm, "full_tensor", None)
+    return norm if full is None else cast("Tensor", full())
+
+
+@torch.no_grad()
+def combined(norms: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of a vector whose parts have these norms, on the device of the first."""
+    if not norms:
+        return torch.tensor(0.0)
+    device = norms[0].device
+    dtype = max((n.dtype for n in norms), key=lambda d: torch.finfo(d).bits)
+    return _vector_norm([n.to(device=device, dtype=dtype) for n in norms], norm_type)
+
+
+def _vector_norm(norms: Sequence[Tensor], norm_type: float) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)), norm_type)
+    return norm
+
+
+@torch.no_grad()
+def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of all gradients as one vector, before any clipping.
+
+    Equal to `torch.nn.utils.get_total_norm` bit for bit for dense gradients of fp32 or fp64 on
+    one device. Half precision is measured in fp32, where torch returns inf above 65504 (fp16)
+    or three digits (bf16). On the CPU a sum that leaves the range of fp32 is taken again in fp64.
+
+    Args:
+        grads: The gradients; they are only read.
+        norm_type: The p of the norm.
+
+    Returns:
+        A 0-dim tensor on the device of the first gradient; reading it may wait for the device.
+    """
+    if not grads:
+        return torch.tensor(0.0)
+    plain = is_plain(grads)
+    norms = norms_of_each(grads, norm_type)
+    total = _vector_norm(norms, norm_type) if plain else combined(norms, norm_type)
+    if total.device.type == "cpu":
+        return rescued(total, grads, norm_type)
+    return total
+
+
+def rescued(total: Tensor, grads: Sequence[Tensor], norm_type: float) -> Tensor:
+    """`total`, taken again in fp64 where fp32 gave inf or 0 for what it cannot square."""
+    value = total.item()
+    if math.isnan(value) or (math.isfinite(value) and value > 0.0) or total.dtype == torch.float64:
+        return total
+    norms = [_norm_of_one(_at_least_64(g), norm_type) for g in grads]
+    return _vector_norm(norms, norm_type)
+
+
+def _at_least_64(grad: Tensor) -> Tensor:
+    return grad.to(torch.complex128 if grad.is_complex() else torch.float64)
+
+
+@torch.no_grad()
+def torch_total_norm(
+    grads: Sequence[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,  # noqa: FBT001, FBT002  torch's own signature
+    foreach: bool | None = None,  # noqa: FBT001  torch's own signature
+) -> Tensor:
+    """What `torch.nn.utils.get_total_norm` returns, bit for bit, by a shorter way where one is."""
+    if grads and not error_if_nonfinite and foreach is not False and is_plain(grads):
+        p = float(norm_type)
+        return _vector_norm(torch._foreach_norm(list(grads), p), p)
+    total: Tensor = clip_grad._get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+    return total
+
+
+def coefficient(max_norm: float, norm: Tensor) -> Tensor:
+    """The factor torch scales gradients with: ``max_norm / (norm + 1e-6)``, at most 1."""
+    return torch.clamp(max_norm / (norm + EPSILON), max=1.0)
+
+
+@torch.no_grad()
+def clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> bool | None:
+    """Scale dense gradients of one device and dtype in place, as torch's clip does, bit for bit.
+
+    On the CPU the multiplication is left out where the factor is 1.0, which changes nothing: torch
+    multiplies to spare a device read that the CPU does not need.
+
+    Returns:
+        Whether the gradients were scaled; None where only the device knows.
+    """
+    factor = None
+    if norm.device.type == "cpu":
+        value = norm.item()
+        if math.isfinite(value) and value + EPSILON <= max_norm * (1 - EPSILON):
+            return False
+        factor = coefficient(max_norm, norm)
+        if factor.item() >= 1.0:
+            return False
+    factor = coefficient(max_norm, norm) if factor is None else factor
+    torch._foreach_mul_(list(grads), factor.to(grads[0].device))
+    return True if norm.device.type == "cpu" else None

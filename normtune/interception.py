@@ -1,0 +1,589 @@
+"""The one dispatcher of a process that sees every clip call and every optimizer step.
+
+It is installed once and stays. Listeners (recorders) are found through the parameters, so a
+training thread finds its own; only the nesting of calls is kept per thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, FunctionType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from normtune import gradients
+from normtune.errors import NormtuneError
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep  # noqa: PTH100, PTH120  compared with frames
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep  # noqa: PTH100, PTH120
+_STEP_FILE = os.path.join("torch", "optim", "optimizer.py")  # noqa: PTH118
+
+
+@dataclass
+class ClipCall:
+    """One clip call of the user's loop, seen before it changes a gradient.
+
+    Attributes:
+        site: ``file:line`` of the call.
+        kind: ``"norm"``, ``"given"`` (`clip_grads_with_norm_` called directly) or ``"value"``.
+        parameters: What the call was given, as a list.
+        grads: The gradients among them.
+        asked: The max_norm (or clip_value) that the loop asked for.
+        norm_type: The p of the norm; None where a direct call does not say.
+        total_norm: The norm that torch computed or was given; None for a value clip.
+        scaled: How the call's gradients were left: None while unknown.
+    """
+
+    site: str
+    kind: str
+    parameters: list[Tensor]
+    grads: list[Tensor]
+    asked: float
+    norm_type: float | None
+    total_norm: Tensor | None
+    plain: bool = False
+
+
+class Listener(Protocol):
+    """What the dispatcher tells a recorder."""
+
+    def clip_begins(self, call: ClipCall) -> float | None:
+        """A clip call on this listener's parameters; the max_norm to use, None for the loop's."""
+
+    def clip_ends(self, call: ClipCall) -> None:
+        """The same call, after it scaled the gradients or left them."""
+
+    def clip_failed(self, call: ClipCall) -> None:
+        """The call raised because its norm was not finite (``error_if_nonfinite=True``)."""
+
+    def clip_found_nothing(self, call: ClipCall) -> None:
+        """A clip call was given no parameter at all."""
+
+    def step_begins(self, optimizer: Any, *, closure: bool) -> None:
+        """The outermost step of an optimizer begins; its gradients are ready unless `closure`."""
+
+    def closure_begins(self, optimizer: Any) -> None:
+        """The closure of the running step is about to compute gradients."""
+
+    def closure_ends(self, optimizer: Any) -> None:
+        """The closure of the running step has computed gradients."""
+
+    def step_ends(self, optimizer: Any) -> None:
+        """The outermost step has ended."""
+
+    def unscaled(self, optimizer: Any, scale: Tensor) -> None:
+        """A GradScaler divided the gradients by its scale."""
+
+    def step_skipped(self, optimizer: Any) -> None:
+        """A GradScaler left the step out because of a non-finite gradient."""
+
+
+class _Compiled:
+    """What a clip call inside a compiled function leaves behind: one slot, no list.
+
+    A spy that appended or looked listeners up would recompile at every step.
+    """
+
+    total_norm: Tensor | None = None
+    used: bool = False
+    # What recorders impose there: 0.0 leaves the loop's value, inf only measures.
+    imposed: float = 0.0
+
+
+COMPILED = _Compiled()
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.steps: list[weakref.ref[Any]] = []
+        self.call: _NormCall | None = None
+        self.closures: list[Any] = []
+
+
+@dataclass
+class _NormCall:
+    """The `clip_grad_norm_` call inside which `_clip_grads_with_norm_` runs."""
+
+    parameters: list[Tensor]
+    norm_type: float
+    site: str
+
+
+_local = _Local()
+_lock = threading.Lock()
+_owners: dict[int, tuple[weakref.ref[Tensor], list[weakref.ref[Any]]]] = {}
+_listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+_installed = False
+_original: dict[str, Callable[..., Any]] = {}
+
+
+def listen(listener: Listener, parameters: Iterable[Tensor]) -> None:
+    """Tell `listener` of every clip call and step on `parameters`; kept by weak references."""
+    install()
+    reference = weakref.ref(listener)
+    with _lock:
+        _listeners.add(listener)
+        for parameter in parameters:
+            known = _owners.get(id(parameter))
+            if known is None or known[0]() is not parameter:
+                forget = functools.partial(_forget, id(parameter))
+                known = _owners[id(parameter)] = (weakref.ref(parameter, forget), [])
+            if all(other() is not listener for other in known[1]):
+                known[1].append(reference)
+
+
+def unlisten(listener: Listener) -> None:
+    """Stop telling `listener`."""
+    with _lock:
+        _listeners.discard(listener)
+        for _, references in _owners.values():
+            references[:] = [r for r in references if r() not in (None, listener)]
+
+
+def listeners_of_thread() -> list[Any]:
+    """All live listeners, for events that name no parameter."""
+    return list(_listeners)
+
+
+def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
+    known = _owners.get(key)
+    if known is not None and known[0] is gone:
+        _owners.pop(key, None)
+
+
+def _listeners_to(parameters: Sequence[Tensor]) -> list[Any]:
+    """The listeners to the first, middle or last parameter that has any."""
+    n = len(parameters)
+    found: list[Any] = []
+    for i in {0, n // 2, n - 1} if n else ():
+        known = _owners.get(id(parameters[i]))
+        if known is not None and known[0]() is parameters[i]:
+            for reference in known[1]:
+                listener = reference()
+                if listener is not None and listener not in found:
+                    found.append(listener)
+    return found
+
+
+# --- where a call stands -----------------------------------------------------------------------
+
+_sites: dict[tuple[str, int], str] = {}
+
+
+def call_site() -> str:
+    """``file:line`` of the innermost frame that is neither torch's nor normtune's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not (file.startswith((_HERE, _TORCH, "<")) or file.endswith("contextlib.py")):
+            return _site_name(file, frame.f_lineno)
+        frame = frame.f_back
+    return "unknown"
+
+
+def _site_name(file: str, line: int) -> str:
+    known = _sites.get((file, line))
+    if known is None:
+        here = os.getcwd() + os.sep  # noqa: PTH109  a plain string to compare with
+        short = file[len(here) :] if file.startswith(here) else "/".join(Path(file).parts[-2:])
+        known = _sites[(file, line)] = f"{short}:{line}"
+    return known
+
+
+# --- clip calls --------------------------------------------------------------------------------
+
+
+def spy_clip_grad_norm_(
+    parameters: Any,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,  # noqa: FBT001, FBT002  torch's own signature
+    foreach: bool | None = None,  # noqa: FBT001  torch's own signature
+) -> Tensor:
+    """Stands in for the body of `torch.nn.utils.clip_grad_norm_`, inside torch's own no_grad."""
+    original: Callable[..., Tensor] = _original["clip_grad_norm_"]
+    if torch.compiler.is_compiling() or not _owners:
+        return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    as_list = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not as_list:
+        _tell_nothing(call_site(), float(max_norm))
+        return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    listeners = _listeners_to(as_list)
+    if not listeners:
+        return original(as_list, max_norm, norm_type, error_if_nonfinite, foreach)
+    grads = [p.grad for p in as_list if p.grad is not None]
+    call = ClipCall(
+        call_site(), "norm", as_list, grads, _as_float(max_norm), float(norm_type), None
+    )
+    try:
+        total_norm = gradients.torch_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+    except RuntimeError:
+        _tell_failed(listeners, call)
+        raise
+    call.total_norm = total_norm
+    call.plain = bool(grads) and foreach is not False and gradients.is_plain(grads)
+    _clip(call, listeners, max_norm, foreach)
+    return total_norm
+
+
+def _spy_clip_grads_with_norm_(
+    parameters: Any,
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,  # noqa: FBT001  torch's own signature
+) -> None:
+    original = _original["_clip_grads_with_norm_"]
+    if torch.compiler.is_compiling():
+        COMPILED.total_norm = total_norm
+        COMPILED.used = True
+        imposed = COMPILED.imposed
+        if imposed == 0.0:
+            original(parameters, max_norm, total_norm, foreach)
+        elif imposed != float("inf"):
+            original(parameters, imposed, total_norm, foreach)
+        return
+    if not _owners:
+        original(parameters, max_norm, total_norm, foreach)
+        return
+    as_list = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    listeners = _listeners_to(as_list)
+    if not listeners:
+        original(as_list, max_norm, total_norm, foreach)
+        return
+    grads = [p.grad for p in as_list if p.grad is not None]
+    asked = _as_float(max_norm)
+    call = ClipCall(call_site(), "given", as_list, grads, asked, None, total_norm)
+    call.plain = bool(grads) and foreach is not False and gradients.is_plain(grads)
+    _clip(call, listeners, max_norm, foreach)
+
+
+def _spy_clip_grad_value_(
+    parameters: Any,
+    clip_value: float,
+    foreach: bool | None = None,  # noqa: FBT001  torch's own signature
+) -> None:
+    original = _original["clip_grad_value_"]
+    if torch.compiler.is_compiling() or not _owners:
+        original(parameters, clip_value, foreach)
+        return
+    as_list = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    listeners = _listeners_to(as_list)
+    if not listeners:
+        original(as_list, clip_value, foreach)
+        return
+    grads = [p.grad for p in as_list if p.grad is not None]
+    call = ClipCall(call_site(), "value", as_list, grads, _as_float(clip_value), 2.0, None)
+    limit = _ask(listeners, call)
+    if limit is None:
+        original(as_list, clip_value, foreach)
+    elif limit != float("inf") and grads:
+        clip_now(as_list, grads, limit, foreach=foreach)
+    _tell_end(listeners, call)
+
+
+def _clip(
+    call: ClipCall,
+    listeners: list[Any],
+    max_norm: Any,
+    foreach: bool | None,  # noqa: FBT001  torch's own argument
+) -> None:
+    """Scale as the loop asked, or as a listener imposes."""
+    limit = _ask(listeners, call)
+    assert call.total_norm is not None  # noqa: S101  only value clips have none
+    if limit is None:
+        limit = max_norm
+    elif limit == float("inf"):
+        _tell_end(listeners, call)
+        return
+    if call.plain and isinstance(limit, int | float):
+        gradients.clip_(call.grads, limit, call.total_norm)
+    else:
+        _original["_clip_grads_with_norm_"](call.parameters, limit, call.total_norm, foreach)
+    _tell_end(listeners, call)
+
+
+def clip_now(
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    max_norm: float,
+    *,
+    norm_type: float = 2.0,
+    foreach: bool | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """Clip as `torch.nn.utils.clip_grad_norm_` would, bit for bit, unseen by the spies."""
+    total = gradients.torch_total_norm(grads, norm_type, False, foreach)
+    if scale is not None:
+        total = total / scale.to(total.device)
+    if foreach is not False and gradients.is_plain(grads):
+        gradients.clip_(grads, max_norm, total)
+    else:
+        original = _original.get("_clip_grads_with_norm_", clip_grad._clip_grads_with_norm_)
+        with torch.no_grad():
+            original(list(parameters), max_norm, total, foreach)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def _ask(listeners: list[Any], call: ClipCall) -> float | None:
+    """What the listeners impose; the youngest that imposes anything wins."""
+    limit = None
+    for listener in listeners:
+        wanted = listener.clip_begins(call)
+        limit = wanted if wanted is not None else limit
+    return limit
+
+
+def _tell_end(listeners: list[Any], call: ClipCall) -> None:
+    for listener in listeners:
+        listener.clip_ends(call)
+
+
+def _tell_failed(listeners: list[Any], call: ClipCall) -> None:
+    for listener in listeners:
+        listener.clip_failed(call)
+
+
+def _tell_nothing(site: str, asked: float) -> None:
+    call = ClipCall(site, "norm", [], [], asked, None, None)
+    for listener in listeners_of_thread():
+        listener.clip_found_nothing(call)
+
+
+# --- steps -------------------------------------------------------------------------------------
+
+
+def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not _owners:
+        return None
+    if _local.steps and _truly_nested():
+        _local.steps.append(weakref.ref(optimizer))
+        return None
+    _local.steps[:] = [weakref.ref(optimizer)]
+    listeners = _step_listeners(optimizer)
+    if not listeners:
+        return None
+    closure = _closure_of(args, kwargs)
+    if closure is None:
+        for listener in listeners:
+            listener.step_begins(optimizer, closure=False)
+        return None
+    for listener in listeners:
+        listener.step_begins(optimizer, closure=True)
+    return _with_closure(args, kwargs, _watched(closure, optimizer, listeners))
+
+
+def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
+    if not _local.steps:
+        return
+    _local.steps.pop()
+    if _local.steps:
+        return
+    for listener in _step_listeners(optimizer):
+        listener.step_ends(optimizer)
+
+
+def inside_step() -> bool:
+    """Whether this thread is inside an optimizer's step."""
+    return bool(_local.steps) and _step_frames() > 0
+
+
+def _truly_nested() -> bool:
+    """Whether an outer step really runs; one that raised has left its entry behind."""
+    return _step_frames() > 1
+
+
+def _step_frames() -> int:
+    frame: FrameType | None = sys._getframe(1)
+    count = 0
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in ("wrapper", "normtune_step") and (
+            code.co_filename.endswith(_STEP_FILE) or code.co_filename.startswith(_HERE)
+        ):
+            count += 1
+        frame = frame.f_back
+    return count
+
+
+def _step_listeners(optimizer: Any) -> list[Any]:
+    found: list[Any] = []
+    for group in optimizer.param_groups:
+        for listener in _listeners_to(group["params"]):
+            if listener not in found:
+                found.append(listener)
+    return found
+
+
+def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    closure = kwargs.get("closure")
+    if closure is None and len(args) > 1:
+        closure = args[1]
+    return closure if callable(closure) else None
+
+
+def _with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Any) -> Any:
+    if kwargs.get("closure") is not None:
+        return args, kwargs | {"closure": closure}
+    return (args[0], closure, *args[2:]), kwargs
+
+
+def _watched(closure: Any, optimizer: Any, listeners: list[Any]) -> Any:
+    @functools.wraps(closure)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        for listener in listeners:
+            listener.closure_begins(optimizer)
+        result = closure(*args, **kwargs)
+        for listener in listeners:
+            listener.closure_ends(optimizer)
+        return result
+
+    return watched
+
+
+def watch_unhooked(optimizer: Any) -> None:
+    """Make the steps of an object without torch's step hooks visible.
+
+    Raises:
+        NormtuneError: If it has no ``step`` that can be wrapped.
+    """
+    step = getattr(optimizer, "step", None)
+    hooked = isinstance(optimizer, torch.optim.Optimizer) and hasattr(
+        optimizer, "_optimizer_step_pre_hooks"
+    )
+    if (hooked and getattr(type(optimizer).step, "hooked", False)) or step is None:
+        return
+    if getattr(step, "__name__", "") == "normtune_step":
+        return
+
+    @functools.wraps(step)
+    def normtune_step(*args: Any, **kwargs: Any) -> Any:
+        changed = _before_step(optimizer, (optimizer, *args), kwargs)
+        if changed is not None:
+            (_, *args), kwargs = changed
+        result = step(*args, **kwargs)
+        _after_step(optimizer, (), {})
+        return result
+
+    normtune_step.__name__ = "normtune_step"
+    try:
+        optimizer.step = normtune_step
+    except AttributeError:
+        message = f"cannot watch the steps of {type(optimizer).__name__}: its step is read-only"
+        raise NormtuneError(message) from None
+
+
+# --- GradScaler --------------------------------------------------------------------------------
+
+
+def _watch_scaler() -> None:
+    scaler = torch.amp.GradScaler
+    unscale, step = scaler.unscale_, scaler.step
+
+    @functools.wraps(unscale)
+    def normtune_unscale(self: Any, optimizer: Any) -> Any:
+        result = unscale(self, optimizer)
+        if _owners and self._enabled and not _inside_scaler_step():
+            _tell_unscaled(self, optimizer)
+        return result
+
+    @functools.wraps(step)
+    def normtune_scaler_step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        target = gradients.unwrapped(optimizer)
+        listeners = _step_listeners(target) if _owners and hasattr(target, "param_groups") else []
+        if not self._enabled or not listeners:
+            return step(self, optimizer, *args, **kwargs)
+        ready = self._per_optimizer_states[id(optimizer)]["stage"].name == "READY"
+        before = [getattr(listener, "steps_begun", 0) for listener in listeners]
+        if ready:
+            for listener in listeners:
+                listener.unscaled(target, self._get_scale_async())
+        result = step(self, optimizer, *args, **kwargs)
+        for listener, steps in zip(listeners, before, strict=True):
+            if getattr(listener, "steps_begun", 0) == steps:
+                listener.step_skipped(target)
+        return result
+
+    scaler.unscale_ = normtune_unscale  # type: ignore[method-assign]
+    scaler.step = normtune_scaler_step  # type: ignore[method-assign]
+
+
+def _inside_scaler_step() -> bool:
+    """Whether `GradScaler.step` itself unscales now: it has told the listeners already."""
+    frame: FrameType | None = sys._getframe(2)
+    depth = 0
+    while frame is not None and depth < 4:
+        if frame.f_code.co_name == "normtune_scaler_step":
+            return True
+        frame, depth = frame.f_back, depth + 1
+    return False
+
+
+def _tell_unscaled(scaler: Any, optimizer: Any) -> None:
+    target = gradients.unwrapped(optimizer)
+    if hasattr(target, "param_groups"):
+        for listener in _step_listeners(target):
+            listener.unscaled(target, scaler._get_scale_async())
+
+
+# --- installation ------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """Install the dispatcher; a second call changes nothing, and nothing takes it away again.
+
+    Raises:
+        NormtuneError: If this version of torch is built differently from those that were tried.
+    """
+    global _installed  # noqa: PLW0603  one dispatcher per process
+    with _lock:
+        if _installed:
+            return
+        for name, spy in {
+            "clip_grad_norm_": spy_clip_grad_norm_,
+            "_clip_grads_with_norm_": _spy_clip_grads_with_norm_,
+            "clip_grad_value_": _spy_clip_grad_value_,
+        }.items():
+            _original[name] = _replace_wrapped(getattr(clip_grad, name), spy)
+        # Compiled steps must not trace the hooks: that would break their graph.
+        register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))  # type: ignore[no-untyped-call]
+        register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
+        _watch_scaler()
+        _installed = True
+
+
+def _replace_wrapped(function: Any, spy: Any) -> Callable[..., Any]:
+    """Put `spy` into the closure of torch's ``no_grad`` wrapper; returns what stood there.
+
+    Every reference to the function, early-bound or not, goes through that one cell.
+    """
+    names = function.__code__.co_freevars if isinstance(function, FunctionType) else ()
+    if "func" not in names or function.__closure__ is None:
+        message = (
+            f"torch {torch.__version__} builds {getattr(function, '__name__', function)} in a way "
+            "that this normtune does not know; please update normtune"
+        )
+        raise NormtuneError(message)
+    cell = function.__closure__[names.index("func")]
+    original: Callable[..., Any] = cell.cell_contents
+    cell.cell_contents = spy
+    return original

@@ -1,0 +1,548 @@
+"""Which norm belongs to which step, and what is wrong with a clip call's place."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from normtune import gradients
+from normtune.interception import ClipCall
+
+MANY_SETS = 8  # more parameter sets than this at one site: a loop that clips one by one
+MOST_PENDING = 256  # events that wait for a step; the oldest give way
+SENTINELS = 3
+
+
+@dataclass(eq=False)
+class Series:
+    """One set of parameters whose norm is recorded.
+
+    Attributes:
+        name: The clip call's ``file:line``, or the optimizer.
+        by: ``"clip"``, ``"step"``, ``"backward"``, ``"given"`` or ``"compiled clip"``.
+        norm_type: The p of its norm.
+        ids: ``id`` of each parameter.
+        tensors: How many parameters.
+        parameters: How many numbers they hold.
+    """
+
+    name: str
+    by: str
+    norm_type: float
+    ids: frozenset[int]
+    tensors: int
+    parameters: int
+
+
+@dataclass(eq=False)
+class Sentinel:
+    """One gradient that tells whether it was replaced or changed since it was looked at."""
+
+    parameter: weakref.ref[Tensor]
+    grad: weakref.ref[Tensor]
+    version: int
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Sentinel:
+        """Look at the gradient of `parameter` as it is now."""
+        grad = parameter.grad
+        assert grad is not None  # noqa: S101  chosen among those with a gradient
+        return cls(weakref.ref(parameter), weakref.ref(grad), _version(grad))
+
+    def replaced(self) -> bool:
+        """Whether the parameter has another gradient tensor now, or none."""
+        parameter = self.parameter()
+        return parameter is None or parameter.grad is None or parameter.grad is not self.grad()
+
+    def changed(self) -> bool:
+        """Whether the gradient was written to since."""
+        grad = self.grad()
+        return grad is None or _version(grad) != self.version
+
+
+def _version(grad: Tensor) -> int:
+    local = getattr(grad, "_local_tensor", grad)  # a DTensor's own counter does not move
+    try:
+        return int(local._version)
+    except RuntimeError:  # inference tensors count nothing
+        return 0
+
+
+@dataclass(eq=False)
+class Event:
+    """A clip call, or the end of a backward pass, that waits for its step."""
+
+    series: Series
+    norm: Tensor
+    each: EachNorm | None
+    kind: str
+    asked: float
+    backward: int
+    sentinels: list[Sentinel]
+    n_grads: int
+    imposed: float | None = None
+    scale: Tensor | None = None
+    used: bool = False
+    repeats: bool = False
+    inside_step: bool = False
+
+    def replaced(self) -> bool:
+        """Whether the gradients of the event are gone."""
+        return not self.sentinels or any(s.replaced() for s in self.sentinels)
+
+    def changed(self) -> bool:
+        """Whether the gradients of the event were written to since."""
+        return any(s.changed() for s in self.sentinels)
+
+
+@dataclass(eq=False)
+class EachNorm:
+    """The norm of each parameter: their ids and one tensor of shape ``(n,)`` on the device."""
+
+    ids: tuple[int, ...]
+    norms: Tensor
+
+
+@dataclass(eq=False)
+class Measured:
+    """One norm of one step, on its way into the record."""
+
+    series: Series
+    norm: Tensor
+    each: EachNorm | None = None
+    asked: float | None = None
+    skipped: Tensor | bool = False
+
+
+@dataclass
+class Step:
+    """What a step's gradients turned out to be.
+
+    Attributes:
+        rows: The norms to record.
+        uncovered: Parameters with a gradient that no valid clip call was given.
+        clipped: Whether some valid clip call acted on this step's gradients.
+    """
+
+    rows: list[Measured] = field(default_factory=list)
+    uncovered: list[Tensor] = field(default_factory=list)
+    clipped: bool = False
+
+
+class Report(Protocol):
+    """Takes a finding: its kind, the site it is about, and facts for its sentence."""
+
+    def __call__(self, kind: str, site: str, **facts: object) -> None:
+        """Report it."""
+
+
+class Backwards:
+    """Counts backward passes by hooks on a few parameters."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.alive = False
+        self.changed_after: dict[int, Sentinel] = {}
+        self._task = -2
+        self._handles: dict[int, Any] = {}
+
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """Hook the first, middle and last of `parameters` that can get a gradient."""
+        able = [p for p in parameters if p.requires_grad and p.is_leaf]
+        chosen = {i: able[i] for i in spread(len(able))}.values()
+        for parameter in chosen:
+            if id(parameter) not in self._handles and len(self._handles) < 8 * SENTINELS:
+                hook = _accumulated(weakref.ref(self))
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._handles[id(parameter)] = handle
+
+    def saw(self, parameter: Tensor) -> None:
+        """Count the backward pass that has just reached `parameter`, once."""
+        self.alive = True
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            self.count += 1
+        if parameter.grad is not None:
+            self.changed_after[id(parameter)] = Sentinel.of(parameter)
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+
+def _accumulated(counter: weakref.ref[Backwards]) -> Callable[[Tensor], None]:
+    def normtune_backward(parameter: Tensor) -> None:
+        backwards = counter()
+        if backwards is not None:
+            backwards.saw(parameter)
+
+    return normtune_backward
+
+
+def spread(n: int) -> list[int]:
+    """First, middle and last of `n`, each once."""
+    return sorted({0, n // 2, n - 1}) if n else []
+
+
+class Pairing:
+    """The clip calls of one recorder that wait for their step.
+
+    Args:
+        report: Called with every finding.
+        norm_type: The p of the norms that normtune itself measures.
+        each: Whether the norm of each parameter is wanted too.
+    """
+
+    def __init__(self, report: Report, *, norm_type: float = 2.0, each: bool = False) -> None:
+        self.backwards = Backwards()
+        self.events: list[Event] = []
+        self.failed: tuple[ClipCall, int] | None = None
+        self._report = report
+        self._norm_type = norm_type
+        self._each = each
+        self._series: dict[tuple[Any, ...], Series] = {}
+        self._stepped: dict[int, int] = {}  # optimizer -> backward count at its last step
+        self._owner: dict[int, int] = {}  # parameter -> the optimizer that steps it
+        self._waiting: list[Measured] = []
+        self._sizes: dict[int, int] = {}
+        self._silent_steps = 0
+        self._unscaled = False
+        self.step_site = ""
+
+    # --- clip calls
+
+    def clip_begins(self, call: ClipCall, *, inside_step: bool = False) -> Event | None:
+        """Turn a clip call into an event; None where it acts on no gradient of any step."""
+        if not call.grads:
+            self._nothing_to_clip(call)
+            return None
+        series = self._series_of(call)
+        norm, each = self._norm_of_call(call, series)
+        event = Event(
+            series, norm, each, call.kind, call.asked, self.backwards.count, [], len(call.grads)
+        )
+        event.inside_step = inside_step
+        if self._after_its_step(call) and not inside_step:
+            self._misplaced(call.site)
+            return None
+        self._add(event)
+        return event
+
+    def clip_ends(self, event: Event, call: ClipCall) -> None:
+        """Remember how the call left the gradients."""
+        with_grad = [p for p in call.parameters if p.grad is not None]
+        event.sentinels = [Sentinel.of(with_grad[i]) for i in spread(len(with_grad))]
+
+    def _add(self, event: Event) -> None:
+        now = self.backwards.count
+        self.events = [
+            e for e in self.events if not (e.used and self.backwards.alive and e.backward < now)
+        ][-MOST_PENDING:]
+        event.repeats = any(
+            e.backward == now
+            and not e.used
+            and event.series.ids <= e.series.ids
+            and not e.replaced()
+            and self.backwards.alive
+            for e in self.events
+        )
+        self.events.append(event)
+
+    def _misplaced(self, site: str) -> None:
+        """No backward pass stands between the last step and this clip call."""
+        if _earlier_line(site, self.step_site):
+            self._before_backward(site)
+            return
+        self._report("clip-after-step", site)
+
+    def _before_backward(self, site: str) -> None:
+        self._report("clip-before-backward", site)
+
+    def _nothing_to_clip(self, call: ClipCall) -> None:
+        self._report("clip-without-gradients", call.site)
+
+    def _after_its_step(self, call: ClipCall) -> bool:
+        if not self.backwards.alive:
+            return False
+        owners = {self._owner.get(id(call.parameters[i])) for i in spread(len(call.parameters))}
+        now = self.backwards.count
+        return all(owner is not None and self._stepped.get(owner) == now for owner in owners)
+
+    def _series_of(self, call: ClipCall) -> Series:
+        n = len(call.parameters)
+        ids = tuple(id(call.parameters[i]) for i in spread(n))
+        key = (call.site, call.kind, n, *ids)
+        known = self._series.get(key)
+        if known is None:
+            known = self._new_series(call)
+            self._series[key] = known
+        return known
+
+    def _new_series(self, call: ClipCall) -> Series:
+        ids = frozenset(map(id, call.parameters))
+        if len(ids) < len(call.parameters):
+            twice = len(call.parameters) - len(ids)
+            self._report("duplicate-parameters", call.site, n=twice)
+        taken = {series.name for series in self._series.values()}
+        name, k = call.site, 2
+        while name in taken:
+            name, k = f"{call.site} ({k})", k + 1
+        if call.kind == "value":
+            self._report("clip-by-value", call.site)
+        by = {"norm": "clip", "value": "value clip"}.get(call.kind, call.kind)
+        return Series(
+            name=name,
+            by=by,
+            norm_type=call.norm_type if call.norm_type is not None else self._norm_type,
+            ids=ids,
+            tensors=len(ids),
+            parameters=sum(p.numel() for p in {id(p): p for p in call.parameters}.values()),
+        )
+
+    def _norm_of_call(self, call: ClipCall, series: Series) -> tuple[Tensor, EachNorm | None]:
+        given = call.total_norm
+        own = given is None or given.dtype in gradients.HALF or self._each or call.kind == "value"
+        if own and (call.kind != "given" or given is None):
+            norm, each = self.measure(
+                [p for p in call.parameters if p.grad is not None], series.norm_type
+            )
+            self._look_for_overflow(call, norm)
+            return norm, each
+        assert given is not None  # noqa: S101  `own` covers the other case
+        norm = gradients.whole(given.detach())
+        if norm.device.type == "cpu" and call.kind == "norm":
+            value = norm.item()
+            if not 0.0 < value < math.inf:
+                norm = gradients.rescued(norm, call.grads, series.norm_type)
+        return norm.clone(), None
+
+    def _look_for_overflow(self, call: ClipCall, norm: Tensor) -> None:
+        """Half precision overflows above 65504; only the CPU can be asked without waiting."""
+        given = call.total_norm
+        if given is None or given.dtype not in gradients.HALF or given.device.type != "cpu":
+            return
+        if given.isinf().item() and math.isfinite(norm.item()):
+            self._report("half-precision-overflow", call.site)
+
+    def measure(
+        self, parameters: Sequence[Tensor], norm_type: float | None = None
+    ) -> tuple[Tensor, EachNorm | None]:
+        """The norm of these parameters' gradients as they are now."""
+        p = self._norm_type if norm_type is None else norm_type
+        grads = [q.grad for q in parameters if q.grad is not None]
+        if not self._each:
+            return gradients.total_norm(grads, p), None
+        norms = gradients.norms_of_each(grads, p)
+        stacked = torch.stack([n.to(norms[0].device) for n in norms])
+        each = EachNorm(tuple(map(id, parameters)), stacked)
+        return gradients.total_norm(grads, p), each
+
+    # --- backward passes and scalers
+
+    def backward_ended(self, parameters: Sequence[Tensor]) -> Event | None:
+        """Take the norm as a backward pass leaves it (``measure="backward"``)."""
+        with_grad = [p for p in parameters if p.grad is not None]
+        if not with_grad:
+            return None
+        series = self.own_series("backward", with_grad, "backward")
+        norm, each = self.measure(with_grad)
+        now = self.backwards.count
+        event = Event(series, norm, each, "backward", math.nan, now, [], len(with_grad))
+        event.sentinels = [Sentinel.of(with_grad[i]) for i in spread(len(with_grad))]
+        self.events = [e for e in self.events if e.kind != "backward"]
+        self.events.append(event)
+        return event
+
+    def unscaled(self, parameters: Iterable[Tensor], scale: Tensor) -> None:
+        """A GradScaler divides these gradients now: earlier clip calls saw them scaled."""
+        self._unscaled = True
+        ids = {id(p) for p in parameters}
+        for event in self.events:
+            fresh = not event.used and event.backward == self.backwards.count
+            if fresh and event.scale is None and ids & event.series.ids:
+                event.scale = scale.detach().clone()
+                if event.kind != "backward":
+                    self._report("clip-on-scaled-gradients", event.series.name)
+
+    # --- steps
+
+    def step(self, optimizer: Any, parameters: Sequence[Tensor], name: str) -> Step:
+        """Pair the gradients that an optimizer is about to use with the clip calls before it."""
+        if self._sizes.get(id(optimizer)) != len(parameters):
+            self._sizes[id(optimizer)] = len(parameters)
+            self._owner.update(dict.fromkeys(map(id, parameters), id(optimizer)))
+        with_grad = [p for p in parameters if p.grad is not None]
+        result = Step(rows=self._waiting)
+        self._waiting = []
+        mine = {id(p) for p in with_grad}
+        valid = [e for e in self._by_series(mine) if e is not None]
+        rows = self._rows_of([e for e in valid if not e.used])
+        for event in valid:
+            event.used = True
+        result.rows += rows
+        result.clipped = bool(valid)
+        covered: set[int] = set().union(*(e.series.ids for e in valid))
+        result.uncovered = [p for p in with_grad if id(p) not in covered] if covered else with_grad
+        if not with_grad and not rows:
+            self._report("no-gradients", name)
+        if not valid:
+            self._look_for_unseen_changes(with_grad, name)
+        return result
+
+    def step_done(self, optimizer: Any) -> None:
+        """The optimizer has used its gradients."""
+        self._stepped[id(optimizer)] = self.backwards.count
+        self._unscaled = False
+        if not self.backwards.alive:
+            self.events = [e for e in self.events if not e.used]
+
+    def own_series(self, name: str, parameters: Sequence[Tensor], by: str = "step") -> Series:
+        """The series of what normtune measures itself."""
+        key = (name, by)
+        known = self._series.get(key)
+        if known is None:
+            numbers = sum(p.numel() for p in parameters)
+            ids = frozenset(map(id, parameters))
+            known = Series(name, by, self._norm_type, ids, len(parameters), numbers)
+            self._series[key] = known
+        return known
+
+    def _by_series(self, mine: set[int]) -> list[Event | None]:
+        """For each series among the waiting events the one that this step's gradients prove."""
+        sets: dict[Series, list[Event]] = {}
+        for event in self.events:
+            if not mine.isdisjoint(event.series.ids):
+                sets.setdefault(event.series, []).append(event)
+        return [self._valid(events) for events in sets.values()]
+
+    def _valid(self, events: list[Event]) -> Event | None:
+        """The event with the unclipped norm of the gradients as they are now, None where none."""
+        last = events[-1]
+        if last.kind == "backward":  # the loop may put other tensors in place of the gradients
+            return last if last.backward == self.backwards.count else None
+        if last.replaced():
+            self._stale([e for e in events if not e.used])
+            return None
+        ran_since = self.backwards.alive and self.backwards.count > last.backward
+        if last.changed() and ran_since:
+            self._backward_after_clip(events)
+            return None
+        current = [e for e in events if e.backward == last.backward and not e.replaced()]
+        older = [e for e in events if e.backward < last.backward and not e.used]
+        if older and self.backwards.alive:
+            self._older_events(older, last)
+        self.events = [e for e in self.events if e not in older]
+        return current[0]
+
+    def _stale(self, events: list[Event]) -> None:
+        """The clip call saw other gradients than the step uses."""
+        for event in events:
+            self.events.remove(event)
+        if events:
+            self._before_backward(events[-1].series.name)
+
+    def _backward_after_clip(self, events: list[Event]) -> None:
+        last = events[-1]
+        self.events = [e for e in self.events if e not in events]
+        stepped = [self._stepped.get(self._owner.get(i, 0), 0) for i in last.series.ids]
+        if last.backward == max(stepped, default=0):
+            # zero_grad(set_to_none=False) keeps the tensors, so only the backward count tells.
+            self._before_backward(last.series.name)
+        elif last.imposed != math.inf:
+            self._accumulation(last)
+
+    def _older_events(self, older: list[Event], last: Event) -> None:
+        if older[-1].replaced():  # the loop dropped those gradients and began again
+            self._waiting += [
+                Measured(e.series, e.norm, e.each, e.asked, skipped=True) for e in older
+            ]
+        elif last.imposed != math.inf:
+            self._accumulation(last)
+
+    def _accumulation(self, event: Event) -> None:
+        site = event.series.name
+        self._report("clip-in-accumulation", site)
+
+    def _rows_of(self, events: list[Event]) -> list[Measured]:
+        own = [e for e in events if not e.repeats]
+        sites: dict[str, list[Event]] = {}
+        for event in own:
+            sites.setdefault(event.series.name.split(" (")[0], []).append(event)
+        rows: list[Measured] = []
+        for site, group in sites.items():
+            if len(group) > MANY_SETS:
+                rows.append(self._one_by_one(site, group))
+            else:
+                rows += [_measured(e) for e in _distinct(group)]
+        return rows
+
+    def _one_by_one(self, site: str, events: list[Event]) -> Measured:
+        self._report("clip-one-by-one", site, n=len(events))
+        first = events[0].series
+        key = (site, "one by one")
+        ids = frozenset().union(*(e.series.ids for e in events))
+        numbers = sum(e.series.parameters for e in events)
+        series = self._series.setdefault(
+            key, Series(f"{site} (all)", "clip", first.norm_type, ids, len(ids), numbers)
+        )
+        norm = gradients.combined([e.norm for e in events], first.norm_type)
+        return Measured(series, norm, None, events[0].asked)
+
+    def _look_for_unseen_changes(self, with_grad: list[Tensor], name: str) -> None:
+        """Gradients that no backward pass made, or that changed since, unseen by any clip call."""
+        distributed = torch.distributed
+        if self._unscaled or (distributed.is_available() and distributed.is_initialized()):
+            return  # a GradScaler, or the reduction over ranks, wrote to them
+        if not self.backwards.alive:
+            self._look_for_copies(with_grad, name)
+            return
+        for i in spread(len(with_grad)):
+            seen = self.backwards.changed_after.get(id(with_grad[i]))
+            if seen is not None and (seen.changed() or seen.replaced()):
+                self._report("changed-in-place", name)
+                return
+
+    def _look_for_copies(self, with_grad: list[Tensor], name: str) -> None:
+        """Hooks that never fire on plain parameters: the gradients are assigned from elsewhere."""
+        self._silent_steps += 1
+        plain = all(type(with_grad[i]) in gradients.PLAIN for i in spread(len(with_grad)))
+        if with_grad and plain and self._silent_steps >= MANY_SETS:
+            self._report("unknown-gradients", name)
+
+
+def _measured(event: Event) -> Measured:
+    norm = event.norm if event.scale is None else event.norm / event.scale.to(event.norm.device)
+    asked = event.asked if event.kind != "backward" else None
+    return Measured(event.series, norm, event.each, asked)
+
+
+def _distinct(events: list[Event]) -> list[Event]:
+    """One norm given to several direct calls (one per device mesh) is one norm."""
+    kept: list[Event] = []
+    for event in events:
+        twin = event.kind == "given" and any(
+            e.kind == "given" and _same(e.norm, event.norm) for e in kept
+        )
+        if not twin:
+            kept.append(event)
+    return kept
+
+
+def _earlier_line(site: str, other: str) -> bool:
+    """Whether `site` stands above `other` in one file."""
+    file, _, line = site.rpartition(":")
+    other_file, _, other_line = other.rpartition(":")
+    return file == other_file and line.isdigit() and int(line) < int(other_line or 0)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device.type == "cpu" and b.device.type == "cpu" and a.item() == b.item()

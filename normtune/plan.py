@@ -1,0 +1,609 @@
+"""Pure planning: the trials so far -> the next runs, with the reasons in words."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from normtune.comparison import Runs, Verdict, verdict
+from normtune.trials import (
+    Arm,
+    Direction,
+    Settings,
+    Stage,
+    State,
+    Trial,
+    choose_arms,
+    explored,
+    find,
+    loss_of,
+    ranked,
+    rates,
+    same,
+    settle,
+    state_of,
+    unbracketed,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = [
+    "Direction",
+    "Plan",
+    "Planned",
+    "Settings",
+    "Split",
+    "Stage",
+    "State",
+    "Trial",
+    "describe_plan",
+    "free_from",
+    "next_runs",
+    "split",
+    "state_of",
+]
+
+COMMON = (1.0, 10.0)  # what people use without measuring; always a row of the table
+FIRST_VALUES = 4  # clipped values before the sampler proposes: a GP of fewer points is a guess
+FIRST_FACTORS = (1 / 3, 1 / 10)  # rates that users step through; the rest is bracketing
+LOWEST_FACTOR = 1e-4
+ATTEMPTS = 2  # a crashed run is tried once more, then left out
+LOOKS = (3, 6, 10)  # fresh seeds after which a question may be called decided
+DROP_AFTER = 2  # fresh seeds after which a hopeless arm gets no more
+HOPELESS_SD = 5.0  # so far behind no further seed can matter
+RACE_FROM = 40  # runs from which one more seed for the top two pays
+CLIPPED_LOWER_FROM = 40  # runs from which clipping is tried at the winning lower rate, too
+RACE_SEED = 1000  # added to the explore seed: a seed that selects must not confirm
+MAX_SEEDS = 30
+
+# (from max_runs, explore, lr): the splits of DESIGN 4, from a simulation of 400 worlds each.
+SPLITS = ((40, 10, 6), (30, 8, 6), (24, 7, 5), (16, 7, 3), (12, 6, 2))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to start, or a free one to copy from the unclipped run of its seed.
+
+    Attributes:
+        max_norm: The max_norm to impose; inf is no clipping.
+        lr_factor: What to multiply the learning rate by.
+        seed: The seed of the run.
+        stage: explore, lr, race or confirm.
+        free: Whether to copy it from the unclipped run of the same seed and rate.
+        reason: Why this run, in words.
+        fraction: The share of the schedule to train.
+    """
+
+    max_norm: float
+    lr_factor: float
+    seed: int
+    stage: Stage
+    free: bool
+    reason: str
+    fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What may start now.
+
+    Attributes:
+        runs: Runs in order; parallel slots take from the front and ask again for more. Empty
+            while running trials must end first, and when the study is done.
+        stage: The stage now: explore, lr, race, confirm or done.
+        reason: Why, in words.
+    """
+
+    runs: tuple[Planned, ...]
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """How `max_runs` is spent.
+
+    Attributes:
+        explore: Runs that search for the best max_norm on one seed.
+        lr: Runs at most for the learning-rate search; what is left over confirms.
+        race: Runs of one more seed for the best two values.
+        confirm: Runs on fresh paired seeds.
+        sentences: Which of the six sentences the budget can reach.
+    """
+
+    explore: int
+    lr: int
+    race: int
+    confirm: int
+    sentences: tuple[int, ...]
+
+
+def split(settings: Settings) -> Split:
+    """How the runs of a study are divided, and which sentences they can reach."""
+    n = settings.max_runs
+    explore, lr = next(((e, r) for start, e, r in SPLITS if n >= start), (n, 0))
+    if settings.explore_runs is not None:
+        explore = min(settings.explore_runs, n)
+        lr = min(lr, n - explore)
+    if settings.lr_runs is not None:
+        lr = min(settings.lr_runs, n - explore)
+    race = 2 if n >= RACE_FROM and n - explore - lr >= 2 else 0
+    confirm = n - explore - lr - race
+    return Split(explore, lr, race, confirm, _sentences(lr, confirm))
+
+
+def _sentences(lr: int, confirm: int) -> tuple[int, ...]:
+    """Four arms need two pairs each for sentence 1, three arms for 2 and 3, two for the rest."""
+    if confirm < 4:
+        return ()
+    reachable = [4, 5, 6]
+    if lr >= 1 and confirm >= 6:
+        reachable += [2, 3]
+    if lr >= 3 and confirm >= 8:
+        reachable += [1]
+    return tuple(sorted(reachable))
+
+
+def free_from(largest_norm: float, *, half_precision: bool) -> float:
+    """The smallest max_norm whose coefficient is 1.0 at every step, as torch computes it.
+
+    Args:
+        largest_norm: The largest norm of the unclipped run.
+        half_precision: Whether the coefficient is computed in half precision.
+
+    >>> round(free_from(2.0, half_precision=False), 6)
+    2.000003
+    """
+    return 1.01 * largest_norm if half_precision else 1.000001 * largest_norm + 1e-6
+
+
+def next_runs(settings: Settings, trials: Sequence[Trial]) -> Plan:
+    """The next runs of a study; pure and deterministic.
+
+    Args:
+        settings: The study's settings.
+        trials: All its trials, running and crashed ones included, in any order.
+    """
+    state = _State(settings, tuple(trials))
+    for stage in (_explore, _learning_rate, _race, _confirm):
+        plan = stage(state)
+        if plan is not None:
+            return plan
+    return Plan((), "done", state.why_done())
+
+
+class _State:
+    """The trials as the stages read them."""
+
+    def __init__(self, settings: Settings, trials: tuple[Trial, ...]) -> None:
+        self.settings = settings
+        self.split = split(settings)
+        self.trials = settle(trials, settings.direction)
+        self.crashed = [t for t in trials if t.state == "crashed"]
+        self.arms = choose_arms(settings, self.trials)
+
+    def trial(self, arm: Arm, seed: int) -> Trial | None:
+        return find(self.trials, arm, seed)
+
+    def left_out(self, arm: Arm, seed: int) -> bool:
+        """Whether the run crashed so often that it is not planned again."""
+        crashes = [
+            t
+            for t in self.crashed
+            if t.seed == seed and same(t.max_norm, arm[0]) and same(t.lr_factor, arm[1])
+        ]
+        return self.trial(arm, seed) is None and len(crashes) >= ATTEMPTS
+
+    def open(self, arm: Arm, seed: int) -> bool:
+        return self.trial(arm, seed) is None and not self.left_out(arm, seed)
+
+    def running(self, *stages: str) -> bool:
+        return any(t.state == "running" and t.stage in stages for t in self.trials)
+
+    def spent(self, *stages: str) -> int:
+        return sum(not t.free and t.stage in stages for t in self.trials)
+
+    def planned(self, arm: Arm, seed: int, stage: Stage, reason: str) -> Planned:
+        fraction = 1.0 if stage == "confirm" else self.settings.explore_fraction
+        free = self.is_free(arm, seed)
+        if free:
+            reason = f"{reason}; free: no step of the unclipped run would be clipped"
+        return Planned(arm[0], arm[1], seed, stage, free, reason, fraction)
+
+    def is_free(self, arm: Arm, seed: int) -> bool:
+        base = self.trial((math.inf, arm[1]), seed)
+        return base is not None and base.ended and self._beyond(arm, base)
+
+    def _beyond(self, arm: Arm, base: Trial) -> bool:
+        half = self.settings.half_precision
+        if not (self.settings.reuse and math.isfinite(arm[0]) and math.isfinite(base.largest_norm)):
+            return False
+        return arm[0] >= free_from(base.largest_norm, half_precision=half)
+
+    def may_be_free(self, arm: Arm) -> bool:
+        """Whether some seed's unclipped run already shows that no step would be clipped."""
+        return any(
+            math.isinf(t.max_norm)
+            and same(t.lr_factor, arm[1])
+            and t.ended
+            and self._beyond(arm, t)
+            for t in self.trials
+        )
+
+    def why_done(self) -> str:
+        if not self.split.confirm:
+            return "all runs are spent: leads, no verdict"
+        return "the fresh seeds are spent, or every question is decided"
+
+
+# --- explore -----------------------------------------------------------------------------------
+
+
+def _explore(state: _State) -> Plan | None:
+    seed = state.settings.seed
+    none = (math.inf, 1.0)
+    if state.left_out(none, seed):
+        return Plan((), "done", "the unclipped run crashed twice; nothing can be compared with it")
+    if state.open(none, seed):
+        first = state.planned(none, seed, "explore", "no clipping, to which all is compared")
+        return Plan((first,), "explore", "the unclipped run comes first")
+    base = state.trial(none, seed)
+    if base is None or not base.ended:
+        return Plan((), "explore", "waiting for the unclipped run")
+    left = state.split.explore - state.spent("explore")
+    runs = _within(_first_values(state), left)
+    if not runs and left > 0:
+        runs = _asked(state)
+    if runs:
+        return Plan(tuple(runs), "explore", f"{left} of {state.split.explore} explore runs left")
+    if state.running("explore"):
+        return Plan((), "explore", "waiting for the explore runs")
+    return None
+
+
+def _within(runs: Sequence[Planned], left: int) -> list[Planned]:
+    """As many runs as the budget allows; free ones cost nothing."""
+    kept = []
+    for run in runs:
+        if run.free or left > 0:
+            kept.append(run)
+            left -= not run.free
+    return kept
+
+
+def _first_values(state: _State) -> list[Planned]:
+    """Crashed runs to try again, anchors and log-spaced values, neither done nor running."""
+    seed = state.settings.seed
+    again = [(t.max_norm, "again after a crash") for t in state.crashed if t.stage == "explore"]
+    wanted = _distinct([*again, *_anchors(state.settings), *_spaced(state)])
+    return [
+        state.planned((value, 1.0), seed, "explore", reason)
+        for value, reason in wanted
+        if state.open((value, 1.0), seed)
+    ]
+
+
+def _anchors(settings: Settings) -> list[tuple[float, str]]:
+    named = [(settings.suggestion, "the suggestion")]
+    if settings.current is not None and math.isfinite(settings.current):
+        named.append((settings.current, "the loop's own max_norm"))
+    named += [(value, "a common default") for value in COMMON]
+    return _distinct(named)
+
+
+def _distinct(named: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    kept: list[tuple[float, str]] = []
+    for value, reason in named:
+        if not any(same(value, other) for other, _ in kept):
+            kept.append((value, reason))
+    return kept
+
+
+def _spaced(state: _State) -> list[tuple[float, str]]:
+    """Middles of the largest gaps in log(max_norm), until there are `FIRST_VALUES` values."""
+    settings = state.settings
+    taken = [
+        value for value, _ in _anchors(settings) if not state.is_free((value, 1.0), settings.seed)
+    ]
+    inside = sorted(v for v in taken if settings.low <= v <= settings.high)
+    points = sorted({settings.low, *inside, settings.high})
+    found = []
+    for _ in range(FIRST_VALUES - len(taken)):
+        gaps = [(math.log(b / a), -i) for i, (a, b) in enumerate(itertools.pairwise(points))]
+        i = -max(gaps)[1]
+        value = math.sqrt(points[i] * points[i + 1])
+        points.insert(i + 1, value)
+        found.append((value, "log-spaced, in the widest gap"))
+    return found
+
+
+def _asked(state: _State) -> list[Planned]:
+    """The sampler's next value, unless it was run already; then the middle of the widest gap."""
+    settings = state.settings
+    runs = explored(settings, state.trials)
+    value = propose(settings, runs)
+    crashed = {t.max_norm for t in state.crashed}
+    if any(same(value, t.max_norm) for t in runs) or value in crashed:
+        value = _widest(settings, [t.max_norm for t in runs] + sorted(crashed))
+    return [state.planned((value, 1.0), settings.seed, "explore", "proposed by the sampler")]
+
+
+def _widest(settings: Settings, taken: Sequence[float]) -> float:
+    inside = {v for v in taken if settings.low < v < settings.high}
+    points = sorted({settings.low, settings.high} | inside)
+    a, b = max(itertools.pairwise(points), key=lambda pair: pair[1] / pair[0])
+    return math.sqrt(a * b)
+
+
+def propose(settings: Settings, runs: Sequence[Trial]) -> float:
+    """A max_norm from a fresh Optuna GPSampler over the explored values at one learning rate.
+
+    Args:
+        settings: The study's settings.
+        runs: Trained clipped runs of the explore seed; running ones count as middling, so that
+            parallel slots are not sent to the same place.
+    """
+    import optuna
+
+    inside = [t for t in runs if settings.low <= t.max_norm <= settings.high]
+    losses = [loss_of(t, settings.direction) for t in inside]
+    finite = sorted(v for t, v in zip(inside, losses, strict=True) if math.isfinite(v))
+    if not finite:
+        return _widest(settings, [t.max_norm for t in runs])
+    worst, middle = finite[-1], finite[len(finite) // 2]
+    space = optuna.distributions.FloatDistribution(settings.low, settings.high, log=True)
+    sampler = optuna.samplers.GPSampler(
+        seed=settings.seed + sum(t.ended for t in inside), n_startup_trials=len(inside)
+    )
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.create_study(sampler=sampler)
+        for trial, value in zip(inside, losses, strict=True):
+            told = middle if trial.state == "running" else min(value, worst)
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params={"max_norm": trial.max_norm},
+                    distributions={"max_norm": space},
+                    value=told,
+                )
+            )
+        return float(study.ask({"max_norm": space}).params["max_norm"])
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+# --- learning rate -----------------------------------------------------------------------------
+
+
+def clipping_leads(settings: Settings, trials: Sequence[Trial]) -> bool:
+    """Whether a clipped value is better than no clipping on the explore seed."""
+    base = find(trials, (math.inf, 1.0), settings.seed)
+    order = ranked(settings, trials)
+    if base is None or not order:
+        return False
+    best = find(trials, (order[0], 1.0), settings.seed)
+    return best is not None and loss_of(best, settings.direction) < loss_of(
+        base, settings.direction
+    )
+
+
+def _learning_rate(state: _State) -> Plan | None:
+    left = state.split.lr - state.spent("lr")
+    if left <= 0 or not clipping_leads(state.settings, state.trials):
+        return _wait(state, "lr")
+    seed = state.settings.seed
+    factors = [f for f in FIRST_FACTORS if state.open((math.inf, f), seed)]
+    reason = "a lower learning rate instead of clipping"
+    if not factors and not state.running("lr"):
+        factors = [f for f in _refined(state) if state.open((math.inf, f), seed)]
+        reason = "between or below the rates tried, until the best is bracketed"
+    runs = [state.planned((math.inf, f), seed, "lr", reason) for f in factors][:left]
+    if runs:
+        return Plan(tuple(runs), "lr", "a clipped value leads: does a lower learning rate, too?")
+    return _wait(state, "lr")
+
+
+def _refined(state: _State) -> list[float]:
+    tried = rates(state.settings, state.trials)
+    wanted = unbracketed(tried)
+    lowest = min(tried)
+    start = _gradient_kept(state)
+    wanted = tuple(start if f < lowest and start < lowest / 2 else f for f in wanted)
+    return [f for f in wanted if f >= LOWEST_FACTOR]
+
+
+def _gradient_kept(state: _State) -> float:
+    """The rate that shortens SGD's path as the best clipping does; inf where it says nothing."""
+    if state.settings.adaptive:
+        return math.inf
+    best = state.trial(state.arms.best, state.settings.seed)
+    return best.kept if best is not None and LOWEST_FACTOR < best.kept < 1 else math.inf
+
+
+def _wait(state: _State, stage: Stage) -> Plan | None:
+    if state.running(stage):
+        return Plan((), stage, f"waiting for the {stage} runs")
+    return None
+
+
+# --- race --------------------------------------------------------------------------------------
+
+
+def _race(state: _State) -> Plan | None:
+    seed = state.settings.seed + RACE_SEED
+    top = ranked(state.settings, state.trials)[: state.split.race]
+    if len(top) < 2:
+        return None
+    open_ = [c for c in top if state.open((c, 1.0), seed)]
+    runs = [
+        state.planned((c, 1.0), seed, "race", "the best two explored, on one more seed")
+        for c in open_
+    ]
+    if runs:
+        return Plan(tuple(runs), "race", "which of the best two goes on")
+    return _wait(state, "race")
+
+
+# --- confirm -----------------------------------------------------------------------------------
+
+
+def _confirm(state: _State) -> Plan | None:
+    budget = state.settings.max_runs - state.spent("explore", "lr", "race", "confirm")
+    for seeds, arms in _rows(state):
+        runs = [
+            state.planned(arm, seed, "confirm", "fresh seed")
+            for seed in seeds
+            for arm in arms
+            if state.open(arm, seed) and _ready(state, arm, seed)
+        ]
+        runs = _within(runs, budget)
+        if runs:
+            return Plan(tuple(runs), "confirm", f"{budget} runs left for fresh paired seeds")
+        if state.running("confirm"):
+            return Plan((), "confirm", "waiting for the runs of these seeds")
+        if budget <= 0:
+            return None
+    return None
+
+
+def _ready(state: _State, arm: Arm, seed: int) -> bool:
+    """An arm that is likely free waits for the unclipped run of its seed."""
+    base = state.trial((math.inf, arm[1]), seed)
+    waits = base is None or base.state == "running"
+    return not (waits and state.may_be_free(arm) and not state.left_out((math.inf, arm[1]), seed))
+
+
+def _rows(state: _State) -> Iterator[tuple[list[int], list[Arm]]]:
+    """Blocks of fresh seeds between checkpoints, each with the arms that still need runs."""
+    first = state.settings.seed + 1
+    arms = _arms_to_confirm(state)
+    start = 0
+    for checkpoint in (DROP_AFTER, *LOOKS):
+        if not arms:
+            return
+        yield [first + i for i in range(start, checkpoint)], arms
+        known = [t for t in state.trials if t.stage != "confirm" or t.seed < first + checkpoint]
+        arms = _alive(state, arms, known)
+        if checkpoint in LOOKS:
+            arms = _undecided(state, arms, known)
+        start = checkpoint
+
+
+def _arms_to_confirm(state: _State) -> list[Arm]:
+    """In order of need: a short budget serves the first of them."""
+    chosen = state.arms
+    lower = list(chosen.lower) if clipping_leads(state.settings, state.trials) else []
+    wanted = [chosen.none, chosen.best, *lower, chosen.suggestion]
+    if chosen.current is not None:
+        wanted.append(chosen.current)
+    kept: list[Arm] = []
+    for arm in wanted:
+        if not any(_same_arm(arm, other) for other in kept):
+            kept.append(arm)
+    return kept
+
+
+def _same_arm(a: Arm, b: Arm) -> bool:
+    return same(a[0], b[0]) and same(a[1], b[1])
+
+
+def _alive(state: _State, arms: Sequence[Arm], known: Sequence[Trial]) -> list[Arm]:
+    """The arms that neither failed in every fresh seed nor lie hopelessly behind."""
+    runs = Runs(state.settings, known)
+    means = {}
+    for arm in arms:
+        finite = [v for v in runs.losses(arm).values() if math.isfinite(v)]
+        if finite or len(runs.losses(arm)) < DROP_AFTER:
+            means[arm] = sum(finite) / len(finite) if finite else math.inf
+    if not means:
+        return []
+    best, sd = min(means.values()), runs.single_run_sd()
+    return [arm for arm in means if not means[arm] - best > HOPELESS_SD * sd]
+
+
+def _undecided(state: _State, arms: Sequence[Arm], known: Sequence[Trial]) -> list[Arm]:
+    """The arms with an open question left."""
+    said = verdict(state.settings, known)
+    needed = _open_questions(said, state)
+    return [arm for arm in arms if any(_same_arm(arm, other) for other in needed)]
+
+
+def _open_questions(said: Verdict, state: _State) -> list[Arm]:
+    chosen = state.arms
+    found = said.comparisons
+    needed: list[Arm] = []
+    if said.kind in (6, "none"):
+        needed += [chosen.best, chosen.none]
+    if said.kind == 4:
+        needed += [chosen.best]
+        needed += [
+            arm
+            for i, arm in enumerate(chosen.lower, start=1)
+            if found.get(f"lower {i} vs best") is None
+            or found[f"lower {i} vs best"].relation == "undecided"
+        ]
+    if said.suggestion_vs_none == "undecided":
+        needed += [chosen.suggestion, chosen.none]
+    if said.suggestion_vs_best == "undecided":
+        needed += [chosen.suggestion, chosen.best]
+    if said.suggestion_vs_current == "undecided" and chosen.current:
+        needed += [chosen.suggestion, chosen.current]
+    return needed
+
+
+# --- words for --plan --------------------------------------------------------------------------
+
+SENTENCES = {
+    1: "clipping gives a better model",
+    2: "a lower learning rate is better",
+    3: "clipping only makes up for a learning rate that is too high",
+    4: "clipping helps here; the lower rate is open",
+    5: "equal",
+    6: "undecided",
+}
+
+
+def describe_plan(settings: Settings, trials: Sequence[Trial] = (), *, jobs: int = 1) -> str:
+    """What a study would run, how long it would take, and which sentences it can reach.
+
+    Args:
+        settings: The study's settings.
+        trials: The trials so far; their seconds give the time.
+        jobs: How many runs go at a time.
+    """
+    parts = split(settings)
+    spent = sum(not t.free and t.state in ("finished", "diverged", "stuck") for t in trials)
+    lines = [f"{settings.max_runs} runs at most, {spent} done:"]
+    lines += [
+        f"  {name:<8} {count:>3}  {what}"
+        for name, count, what in (
+            ("explore", parts.explore, "values of max_norm on one seed, no clipping first"),
+            ("lr", parts.lr, "lower learning rates without clipping, where clipping leads"),
+            ("race", parts.race, "the best two on one more seed"),
+            ("confirm", parts.confirm, "the arms on fresh paired seeds"),
+        )
+        if count
+    ]
+    lines.append(_time_words(settings, trials, max(settings.max_runs - spent, 0), jobs))
+    if parts.sentences:
+        said = "; ".join(f"{n} {SENTENCES[n]}" for n in parts.sentences)
+        lines.append(f"sentences within reach: {said}")
+    else:
+        lines.append("no sentence is within reach: it ends with leads. 24 runs reach all of them")
+    return "\n".join(lines)
+
+
+def _time_words(settings: Settings, trials: Sequence[Trial], left: int, jobs: int) -> str:
+    full = [t.seconds / t.fraction for t in trials if t.seconds > 0 and not t.free]
+    if not full:
+        return "time: not known before the first run has ended"
+    parts = split(settings)
+    short = (parts.explore + parts.lr) * settings.explore_fraction
+    share = (short + parts.race + parts.confirm) / settings.max_runs
+    hours = left * share * sum(full) / len(full) / jobs / 3600
+    amount = f"{hours:.1f} hours" if hours >= 1 else f"{max(60 * hours, 0.1):.1f} minutes"
+    return f"time left: about {amount} at {jobs} run{'s' * (jobs > 1)} a time"

@@ -1,0 +1,150 @@
+"""Runs as processes of their own: started from a warm fork server, and ended for certain."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
+from types import ModuleType
+
+from normtune.tasks import OUTPUT, Outcome, Task
+
+PRELOAD = ["torch", "numpy"]  # what every training needs and what takes seconds to import
+GRACE_SECONDS = 2.0  # between the polite signal and the last one
+LINGER_SECONDS = 10.0  # how long a run may take to end after its result is written
+
+
+@cache
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def warm_up() -> None:
+    """Start the fork server, which imports torch while the caller does other things."""
+    from multiprocessing.forkserver import ensure_running
+
+    _context()
+    with _without_main():
+        ensure_running()
+
+
+class Child:
+    """A process that carries out one task.
+
+    Args:
+        task: The task; its folder is made here.
+        job: Who carries it out in the child, ``module:function`` of one `Task`.
+    """
+
+    def __init__(self, task: Task, job: str = "normtune.run:carry_out") -> None:
+        self.task = task
+        task.folder.mkdir(parents=True, exist_ok=True)
+        self._process = _context().Process(target=_in_child, args=(task, job))
+        with _without_main():
+            self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is the id of its process group too."""
+        return self._process.pid or 0
+
+    @property
+    def running(self) -> bool:
+        """Whether the process has not ended yet."""
+        return self._process.is_alive()
+
+    def outcome(self) -> Outcome:
+        """The outcome of a child that has ended; what it left behind is ended too."""
+        self._process.join()
+        self._signal(signal.SIGKILL)
+        return Outcome.load(self.task.folder) or self._without_result()
+
+    def _without_result(self) -> Outcome:
+        code = self._process.exitcode or 0
+        if code == -signal.SIGKILL:
+            return Outcome("crashed", reason="killed (out of memory?)")
+        if code < 0:
+            return Outcome("crashed", reason=f"killed by {signal.Signals(-code).name}")
+        return Outcome("crashed", reason=f"ended with exit code {code} and left no result")
+
+    def _signal(self, number: int) -> None:
+        for send in (os.killpg, os.kill):  # it may not lead its group yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if send is os.killpg or self._process.is_alive():
+                    send(self.pid, number)
+
+
+def first_to_end(children: Sequence[Child], timeout: float | None = None) -> list[Child]:
+    """Wait until at least one child has ended; those that have."""
+    ended = wait([child._process.sentinel for child in children], timeout)
+    return [child for child in children if child._process.sentinel in ended]
+
+
+def end_all(children: Sequence[Child]) -> None:
+    """End the children and all that they started: politely, then for certain."""
+    for child in children:
+        child._signal(signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for child in children:
+        child._process.join(max(0.0, deadline - time.monotonic()))
+    for child in children:
+        child._signal(signal.SIGKILL)
+        child._process.join()
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep multiprocessing from importing the caller's script again in every child.
+
+    A script that calls `normtune.search` outside of ``if __name__ == "__main__"`` would start
+    itself again.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _in_child(task: Task, job: str) -> None:
+    os.setsid()  # a group of its own: Ctrl-C goes to the controller, which ends the group
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _redirect(task)
+    faulthandler.enable()
+    module, _, function = job.partition(":")
+    getattr(importlib.import_module(module), function)(task)
+    # A thread that the training left behind must not hold the study up.
+    timer = threading.Timer(LINGER_SECONDS, os._exit, [0])
+    timer.daemon = True
+    timer.start()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)
+
+
+def _redirect(task: Task) -> None:
+    """Parallel runs would write over each other, and over the progress bar."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    descriptor = os.open(task.folder / OUTPUT, flags, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

@@ -1,0 +1,728 @@
+"""`NormRecorder`: records the unclipped gradient norm of every step of a training loop."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from normtune import findings, gradients, interception, optimizers, records
+from normtune.belt import Belt
+from normtune.buffer import SURE_AFTER, Buffer
+from normtune.errors import NormtuneError, RecordError
+from normtune.interception import COMPILED, ClipCall
+from normtune.learning_rates import ScaledRates
+from normtune.pairing import EachNorm, Event, Measured, Pairing, Series
+from normtune.records import FileStore, Finding, MemoryStore, NormRecord
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from normtune.suggestion import Suggestion
+
+FLUSH_EVERY = 100  # steps
+FLUSH_SECONDS = 2.0
+
+
+class NormRecorder:
+    """Records the unclipped norm of every step, however the loop clips.
+
+    Args:
+        optimizer: One optimizer or several, anything with ``param_groups``, or for a loop without
+            an optimizer a module or its parameters.
+        path: The record file, by custom ``*.norms.jsonl``; without it the record stays in memory.
+        max_norm: None leaves the loop's clipping as it is; `math.inf` clips nothing; a number is
+            used wherever the loop would have clipped, else right before the step.
+        norm_type: The p of the norms that normtune measures; a clip call keeps its own.
+        measure: ``"step"`` sees clip calls and steps; ``"backward"`` takes the norm as each
+            backward pass leaves it, for loops that clip by their own arithmetic.
+        groups: Also record the norm of each of these: a module (one per parameter), a mapping
+            of names to parameters, ``model.named_parameters()``, or ``"param_groups"``.
+        flush_every: Steps between two writes; each reads the device at most once.
+        resume: Continue the last attempt in `path`: steps count on from there.
+        metadata: Facts of your own for the header (batch size, commit, ...), JSON values.
+        lr_factor: Multiplies the learning rates during the arithmetic of each step only.
+
+    Raises:
+        ValueError: If an argument cannot be meant.
+        RecordError: If `path` cannot be written.
+
+    Example:
+        >>> import torch, normtune
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> recorder = normtune.NormRecorder(optimizer)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(2, 4)).sum().backward()
+        ...     optimizer.step()
+        >>> len(recorder.record)
+        3
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        measure: Literal["step", "backward"] = "step",
+        groups: optimizers.Groups | None = None,
+        flush_every: int = FLUSH_EVERY,
+        resume: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        lr_factor: float = 1.0,
+    ) -> None:
+        _check(measure=measure, norm_type=norm_type, flush_every=flush_every, lr_factor=lr_factor)
+        self._optimizers, self._parameters = optimizers.targets(optimizer)
+        self._norm_type = float(norm_type)
+        self._measure = measure
+        self._flush_every = flush_every
+        names = optimizers.group_names(groups, self._optimizers)
+        self._rates = {
+            id(o): ScaledRates(o, lr_factor) for o in self._optimizers if lr_factor != 1.0
+        }
+        self._pairing = Pairing(self._report, norm_type=self._norm_type, each=bool(names))
+        self._findings: dict[tuple[str, str], Finding] = {}
+        self._complained: set[str] = set()
+        self._belt: Belt | None = None
+        self._set_aside: list[tuple[Tensor, Tensor]] = []
+        self._event: Event | None = None
+        self._closure_rows: int | None = None
+        self._in_closure = False
+        self._stepping = False
+        self._failed = False
+        self._closed = False
+        self._pid = os.getpid()
+        self.steps_begun = 0
+        self._flushed_at = time.monotonic()
+        self._max_norm: float | None = None
+        self._metadata = dict(metadata or {})
+        self._skip_step = False
+        counts = _last_steps(path) if resume else {}
+        self._head = self._header(max_norm) | {k: v for k, v in counts.items() if k != "steps"}
+        self._buffer = Buffer(_store(path, self._head), names, self._norm_type)
+        self._buffer.counts.update(counts.get("steps", {}))
+        self.max_norm = max_norm
+        self._attach()
+
+    # --- what the user calls
+
+    @property
+    def max_norm(self) -> float | None:
+        """The max_norm that normtune imposes: None is the loop's own, inf clips nothing."""
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        if value is not None:
+            value = _positive(value)
+        self._max_norm = value
+        self._impose_on_compiled()
+
+    @property
+    def n_steps(self) -> int:
+        """How many steps were seen, of the series with most of them."""
+        return self._buffer.n_steps
+
+    @property
+    def record(self) -> NormRecord:
+        """The norms so far.
+
+        Raises:
+            RecordError: If no step was seen yet.
+        """
+        self.flush()
+        return self._buffer.store.record()
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What was found about the loop's clip calls so far."""
+        return tuple(self._findings.values())
+
+    def suggest(self, **options: Any) -> Suggestion:
+        """Suggest a max_norm from the norms so far; `options` as for `normtune.suggest`."""
+        from normtune.suggestion import suggest
+
+        return suggest(self.record, **options)
+
+    def clip_after(self, n_steps: int, rule: str | Callable[..., float] | None = None) -> None:
+        """Record `n_steps` steps unclipped, then clip at the max_norm suggested from them.
+
+        Against a warm-up that dies, a norm above 100 x the running median is clipped at 10 x the
+        median and a step with a non-finite norm is left out; both are marked in the record. This
+        reads the device at every step of the warm-up.
+
+        Args:
+            n_steps: Length of the warm-up, at least 30 steps.
+            rule: As for `normtune.suggest`.
+        """
+        if not isinstance(n_steps, int) or n_steps < 30:
+            message = f"n_steps must be a whole number of at least 30 but got {n_steps!r}"
+            raise ValueError(message)
+        self._belt = Belt(self.n_steps + n_steps, rule)
+        self.max_norm = math.inf
+
+    def clip_grad_norm_(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,  # noqa: FBT001, FBT002  torch's own signature
+        foreach: bool | None = None,  # noqa: FBT001  torch's own signature
+    ) -> Tensor:
+        """Clip as `torch.nn.utils.clip_grad_norm_` does, bit for bit, and record the norm.
+
+        Args:
+            parameters: The parameters whose gradients are clipped.
+            max_norm: The limit; the recorder's own `max_norm`, if set, takes its place.
+            norm_type: The p of the norm.
+            error_if_nonfinite: Whether a non-finite norm raises.
+            foreach: As in torch.
+
+        Returns:
+            The total norm before clipping, as torch returns it.
+        """
+        with torch.no_grad():
+            return interception.spy_clip_grad_norm_(
+                parameters, max_norm, norm_type, error_if_nonfinite, foreach
+            )
+
+    def record_norm(self, norm: float | Tensor) -> None:
+        """Record the norm of a step that an engine (DeepSpeed, Megatron) knows itself.
+
+        Args:
+            norm: The total norm before clipping; a tensor stays on its device until the next flush.
+        """
+        series = self._pairing.own_series("given", self._parameters, "given")
+        value = norm.detach() if isinstance(norm, Tensor) else torch.tensor(float(norm)).double()
+        self._keep(Measured(series, gradients.whole(value).clone()), None)
+        self._maybe_flush()
+
+    def flush(self) -> None:
+        """Read the waiting norms from the device, in one go, and write them."""
+        self._flushed_at = time.monotonic()
+        if self._pid != os.getpid():
+            self._after_fork()
+        self._buffer.flush()
+        self._buffer.tell(self._findings, last=self._closed)
+        error = self._buffer.store.error
+        if error is not None:
+            self._complain_once(f"cannot write its record for now: {error.strerror}")
+
+    def close(self) -> None:
+        """Write what waits and stop watching; the optimizer is as before."""
+        if self._closed:
+            return
+        self._closed = True
+        self._commit_stepless()
+        interception.unlisten(self)
+        self._pairing.backwards.close()
+        for rates in self._rates.values():
+            rates.restore()
+        with suppress(Exception):
+            self.flush()
+        if not self._buffer.store.close():
+            self._complain_once(f"could not write all of the record: {self._buffer.store.error}")
+        self._max_norm = None
+        self._impose_on_compiled()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later recorder needs to continue this record after a restart."""
+        self.flush()
+        store = self._buffer.store
+        return {
+            "attempt": self._head["attempt"],
+            "steps": dict(self._buffer.counts),
+            "max_norm": self._max_norm,
+            "warmup_until": self._belt.until if self._belt else None,
+            "kept": store.state() if isinstance(store, MemoryStore) else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the attempt that `state` comes from; steps count on from there."""
+        counts = {str(k): int(v) for k, v in state["steps"].items()}
+        facts = {k: v for k, v in self._head.items() if k not in ("normtune", "attempt", "time")}
+        facts |= {"continues": state["attempt"], "step": max(counts.values(), default=0)}
+        self._head = records.header(**facts)
+        store = self._buffer.store
+        store.close()
+        again = _store(store.path if isinstance(store, FileStore) else None, self._head)
+        if isinstance(again, MemoryStore) and state.get("kept"):
+            again.load(state["kept"])
+        self._buffer.restart(again)
+        self._buffer.counts.update(counts)
+        self.max_norm = state.get("max_norm")
+        if state.get("warmup_until") is not None:
+            self._belt = Belt(int(state["warmup_until"]), None)
+
+    # --- attaching
+
+    def _attach(self) -> None:
+        interception.listen(self, self._parameters)
+        for optimizer in self._optimizers:
+            interception.watch_unhooked(optimizer)
+        if self._measure == "backward":
+            self._watch_backward()
+        else:
+            self._pairing.backwards.watch(self._parameters)
+
+    def _watch_backward(self) -> None:
+        """Measure at the end of each backward pass that reaches one of the parameters."""
+        self_ref = weakref.ref(self)
+        state = {"task": -2}
+
+        def normtune_end() -> None:
+            recorder = self_ref()
+            if recorder is not None:
+                recorder._guarded(recorder._backward_ended)
+
+        def normtune_backward(parameter: Tensor) -> None:
+            recorder = self_ref()
+            task = torch._C._current_graph_task_id()
+            if recorder is None or task == state["task"]:
+                return
+            state["task"] = task
+            recorder._pairing.backwards.saw(parameter)
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(normtune_end)
+
+        backwards = self._pairing.backwards
+        for parameter in self._parameters:
+            if parameter.requires_grad and parameter.is_leaf:
+                handle = parameter.register_post_accumulate_grad_hook(normtune_backward)  # type: ignore[no-untyped-call]
+                backwards._handles[id(parameter)] = handle
+
+    def _backward_ended(self) -> None:
+        event = self._pairing.backward_ended(self._parameters)
+        if event is not None and not self._optimizers:
+            event.used = True
+            self._keep(Measured(event.series, event.norm, event.each), None)
+            self._maybe_flush()
+
+    def _impose_on_compiled(self) -> None:
+        """A compiled clip can look nothing up; all recorders of a process share one value."""
+        values = {
+            other._max_norm
+            for other in interception.listeners_of_thread()
+            if isinstance(other, NormRecorder) and other._max_norm is not None
+        }
+        COMPILED.imposed = values.pop() if len(values) == 1 else 0.0
+
+    # --- clip calls
+
+    def clip_begins(self, call: ClipCall) -> float | None:
+        """See `interception.Listener`."""
+        limit: float | None = self._guarded(self._clip_begins, call)
+        return limit
+
+    def _clip_begins(self, call: ClipCall) -> float | None:
+        self._settle_failed_clip()
+        event = None
+        inside = self._stepping and not self._in_closure
+        if self._measure == "step" and not inside:
+            event = self._pairing.clip_begins(call)
+        self._event = event
+        if self._max_norm is None:
+            return None
+        if event is not None and event.repeats and self._max_norm != math.inf:
+            return math.inf  # these gradients are clipped already
+        limit = self._limit(event.norm) if event is not None else self._max_norm
+        if limit == 0.0:
+            self._skip_step, limit = True, math.inf
+        if event is not None:
+            event.imposed = limit
+        return limit
+
+    def clip_ends(self, call: ClipCall) -> None:
+        """See `interception.Listener`."""
+        event, self._event = self._event, None
+        if event is not None:
+            self._guarded(self._pairing.clip_ends, event, call)
+            if not self._optimizers:
+                self._guarded(self._commit_stepless, keep_last=True)
+
+    def clip_failed(self, call: ClipCall) -> None:
+        """See `interception.Listener`."""
+        self._settle_failed_clip()
+        self._pairing.failed = (call, self._pairing.backwards.count)
+
+    def clip_found_nothing(self, call: ClipCall) -> None:
+        """See `interception.Listener`."""
+        self._report("clip-nothing", call.site)
+
+    def _settle_failed_clip(self) -> None:
+        """A clip call that raised on a non-finite norm, and no step followed: a skipped step."""
+        failed, self._pairing.failed = self._pairing.failed, None
+        if failed is not None and self._pairing.backwards.count > failed[1]:
+            series = self._pairing._series_of(failed[0])
+            self._keep(Measured(series, torch.tensor(math.nan), skipped=True), None)
+
+    def _commit_stepless(self, *, keep_last: bool = False) -> None:
+        """Without an optimizer each clip call is a step, final when the next one comes."""
+        if self._optimizers and self.steps_begun:
+            return
+        events = [e for e in self._pairing.events if not e.used and e.kind != "backward"]
+        if keep_last:
+            newest = events[-1] if events else None
+            events = [e for e in events if newest and e.backward < newest.backward]
+        for row in self._pairing._rows_of(events):
+            self._keep(row, None)
+        for event in events:
+            event.used = True
+        self._maybe_flush()
+
+    # --- steps
+
+    def step_begins(self, optimizer: Any, *, closure: bool) -> None:
+        """See `interception.Listener`."""
+        self._guarded(self._step_begins, optimizer, closure=closure)
+
+    def _step_begins(self, optimizer: Any, *, closure: bool) -> None:
+        self.steps_begun += 1
+        self._stepping = True
+        self._give_back_gradients()
+        if _capturing():
+            self._report("graph-capture", "")
+            return
+        if torch._C._current_graph_task_id() != -1:
+            self._report("step-in-backward", optimizers.name_of(optimizer))
+            return
+        if closure:
+            self._closure_rows = 0
+            return
+        self._gradients_ready(optimizer)
+        self._scale_rates(optimizer)
+
+    def closure_begins(self, optimizer: Any) -> None:
+        """See `interception.Listener`."""
+        self._in_closure = True
+        rates = self._rates.get(id(optimizer))
+        if rates is not None:
+            rates.restore()
+
+    def closure_ends(self, optimizer: Any) -> None:
+        """See `interception.Listener`."""
+        self._in_closure = False
+        self._guarded(self._closure_ended, optimizer)
+
+    def _closure_ended(self, optimizer: Any) -> None:
+        first = self._closure_rows == 0
+        self._closure_rows = (self._closure_rows or 0) + 1
+        if self._closure_rows == 2:
+            self._report("lbfgs", optimizers.name_of(optimizer))
+        self._gradients_ready(optimizer, record=first)
+        self._scale_rates(optimizer)
+
+    def step_ends(self, optimizer: Any) -> None:
+        """See `interception.Listener`."""
+        self._stepping = False
+        self._guarded(self._step_ends, optimizer)
+
+    def _step_ends(self, optimizer: Any) -> None:
+        rates = self._rates.get(id(optimizer))
+        if rates is not None:
+            rates.restore()
+        self._give_back_gradients()
+        self._closure_rows = None
+        self._pairing.step_done(optimizer)
+        self._end_warmup()
+        self._maybe_flush()
+
+    def step_skipped(self, optimizer: Any) -> None:
+        """See `interception.Listener`."""
+        self._guarded(self._step_skipped, optimizer)
+
+    def _step_skipped(self, optimizer: Any) -> None:
+        step = self._pairing.step(
+            optimizer, optimizers.parameters(optimizer), optimizers.name_of(optimizer)
+        )
+        rows = step.rows or [Measured(self._own_series(optimizer), torch.tensor(math.nan))]
+        for row in rows:
+            row.skipped = True
+            self._keep(row, optimizer)
+        self._pairing.step_done(optimizer)
+        self._maybe_flush()
+
+    def unscaled(self, optimizer: Any, scale: Tensor) -> None:
+        """See `interception.Listener`."""
+        self._guarded(self._pairing.unscaled, optimizers.parameters(optimizer), scale)
+
+    def _scale_rates(self, optimizer: Any) -> None:
+        rates = self._rates.get(id(optimizer))
+        if rates is not None:
+            rates.scale()
+
+    def _gradients_ready(self, optimizer: Any, *, record: bool = True) -> None:
+        """The gradients are those that the step will use: pair, measure, clip."""
+        self._settle_failed_clip()
+        parameters = optimizers.parameters(optimizer)
+        if self.steps_begun <= 3:
+            self._pairing.step_site = interception.call_site()
+            self._pairing.backwards.watch([p for p in parameters if p.grad is not None])
+        scale, found_inf = optimizers.amp_marks(optimizer)
+        step = self._pairing.step(optimizer, parameters, optimizers.name_of(optimizer))
+        if COMPILED.total_norm is not None:
+            self._take_compiled(step.rows, parameters)
+            step.clipped, step.uncovered = True, []
+        limit = None
+        if step.uncovered:
+            limit = self._measure_rest(step.rows, step.uncovered, optimizer, scale)
+        if record:
+            for row in step.rows:
+                row.skipped = row.skipped or (False if found_inf is None else found_inf)
+                self._keep(row, optimizer)
+        if self._skip_step or limit == 0.0:
+            self._set_gradients_aside(parameters)
+        elif step.uncovered and not step.clipped and limit not in (None, math.inf):
+            self._clip_rest(step.uncovered, limit, scale)
+
+    def _measure_rest(
+        self,
+        rows: list[Measured],
+        uncovered: Sequence[Tensor],
+        optimizer: Any,
+        scale: Tensor | None,
+    ) -> float | None:
+        """Measure what no clip call covers; the max_norm to clip it at."""
+        norm, each = self._pairing.measure(uncovered)
+        if scale is not None:
+            norm = norm / scale.to(norm.device)
+            each = EachNorm(each.ids, each.norms / scale.to(norm.device)) if each else None
+        partly = len(uncovered) < sum(p.grad is not None for p in optimizers.parameters(optimizer))
+        series = self._own_series(optimizer, uncovered, rest=partly)
+        rows.append(Measured(series, norm, each))
+        return None if self._max_norm is None else self._limit(norm)
+
+    def _clip_rest(self, uncovered: Sequence[Tensor], limit: float, scale: Tensor | None) -> None:
+        grads = gradients.gradients_of(uncovered)
+        p = self._norm_type
+        interception.clip_now(uncovered, grads, limit, norm_type=p, scale=scale)
+
+    def _set_gradients_aside(self, parameters: Sequence[Tensor]) -> None:
+        """Without gradients the step changes nothing, neither parameters nor momentum."""
+        self._skip_step = False
+        self._set_aside = [(p, p.grad) for p in parameters if p.grad is not None]
+        for parameter, _ in self._set_aside:
+            parameter.grad = None
+
+    def _give_back_gradients(self) -> None:
+        """A step that the belt left out had no gradients; the loop finds them where they were."""
+        for parameter, grad in self._set_aside:
+            if parameter.grad is None:
+                parameter.grad = grad
+        self._set_aside = []
+
+    def _take_compiled(self, rows: list[Measured], parameters: Sequence[Tensor]) -> None:
+        total, COMPILED.total_norm = COMPILED.total_norm, None
+        assert total is not None  # noqa: S101  looked at by the caller
+        series = self._pairing.own_series("compiled clip", parameters, "compiled clip")
+        rows[:] = [Measured(series, gradients.whole(total.detach()).clone())]
+
+    def _own_series(
+        self, optimizer: Any, parameters: Sequence[Tensor] | None = None, *, rest: bool = False
+    ) -> Series:
+        name = optimizers.name_of(optimizer)
+        same = [o for o in self._optimizers if optimizers.name_of(o) == name]
+        if len(same) > 1:
+            name = f"{name} {1 + next((i for i, o in enumerate(same) if o is optimizer), 0)}"
+        if rest:
+            name = f"{name}, not clipped"
+        return self._pairing.own_series(name, parameters or optimizers.parameters(optimizer))
+
+    # --- the belt of a warm-up
+
+    def _limit(self, norm: Tensor) -> float | None:
+        """The max_norm for gradients of this norm."""
+        if self._belt is None:
+            return self._max_norm
+        limit = self._belt.limit(float(norm))
+        return self._max_norm if limit == math.inf else limit
+
+    def _end_warmup(self) -> None:
+        belt = self._belt
+        if belt is None or self.n_steps < belt.until:
+            return
+        self._belt = None
+        try:
+            suggestion = self.suggest(rule=belt.rule)
+        except NormtuneError as error:
+            self._max_norm = math.inf
+            warnings.warn(
+                f"normtune found no max_norm in the warm-up and goes on unclipped: {error}",
+                stacklevel=2,
+            )
+            return
+        self.max_norm = suggestion.max_norm
+
+    # --- the buffer
+
+    def _keep(self, measured: Measured, optimizer: Any) -> None:
+        belted = False
+        if self._belt is not None and measured.skipped is False:
+            value = float(measured.norm)
+            belted = self._belt.limit(value) != math.inf
+            self._belt.saw(value)
+        self._buffer.keep(
+            measured,
+            max_norm=_in_force(self._max_norm, measured.asked),
+            imposed=self._max_norm is not None,
+            lr=optimizers.rate(optimizer),
+            belted=belted,
+        )
+
+    def _maybe_flush(self) -> None:
+        waiting = len(self._buffer)
+        late = waiting and time.monotonic() - self._flushed_at > FLUSH_SECONDS
+        if late or waiting >= self._flush_every:
+            self.flush()
+
+    # --- findings and failures
+
+    def _report(self, kind: str, site: str, **facts: object) -> None:
+        known = self._findings.get((kind, site))
+        text = findings.sentence(kind, site, **facts) if known is None else known.text
+        count = 1 if known is None else known.count + 1
+        first = self.n_steps + 1 if known is None else known.step
+        sure = count >= SURE_AFTER or self.n_steps < SURE_AFTER
+        blocks = findings.KINDS[kind].blocks and sure
+        self._findings[(kind, site)] = Finding(kind, text, site, first, count, blocks)
+
+    def _guarded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `function`; nothing that goes wrong in it may end the user's training.
+
+        Only where normtune imposes something does a failure end the run: its arm was not applied.
+        """
+        if self._failed:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if self._max_norm is not None or self._rates:
+                raise
+            self._failed = True
+            reason = f"{type(error).__name__}: {error}"
+            self._complain_once(f"stopped recording, training goes on ({reason})")
+            return None
+
+    def _complain_once(self, sentence: str) -> None:
+        if sentence not in self._complained:
+            self._complained.add(sentence)
+            warnings.warn(f"normtune {sentence}", stacklevel=2)
+
+    # --- the header, and starting again
+
+    def _header(self, max_norm: float | None) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "norm_type": self._norm_type,
+            "torch": torch.__version__,
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+            "parameters": sum(p.numel() for p in self._parameters),
+            "tensors": len(self._parameters),
+            "imposed": max_norm,
+            "metadata": self._metadata or None,
+        }
+        facts |= optimizers.facts(self._optimizers)
+        if self._parameters:
+            facts["dtype"] = str(self._parameters[0].dtype).removeprefix("torch.")
+        return records.header(**facts)
+
+    def _after_fork(self) -> None:
+        """A forked child inherits its parent's rows; it drops them and starts a file of its own."""
+        self._pid = os.getpid()
+        self._head["attempt"] = f"{self._head['attempt']}-{self._pid}"
+        store = self._buffer.store
+        path = None
+        if isinstance(store, FileStore):
+            name = store.path.name.removesuffix(records.SUFFIX)
+            path = store.path.with_name(f"{name}.{self._pid}{records.SUFFIX}")
+        self._buffer.restart(_store(path, self._head))
+
+
+def _store(path: str | os.PathLike[str] | None, head: dict[str, Any]) -> FileStore | MemoryStore:
+    return MemoryStore(head) if path is None else FileStore(path, head)
+
+
+def _last_steps(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """What the header of a resumed record says, and its steps so far; empty for a new file."""
+    if path is None or not Path(path).exists():
+        return {}
+    try:
+        last = NormRecord.load(path)
+    except RecordError:
+        return {}
+    step = int(last.steps[-1])
+    return {"continues": last.metadata["attempt"], "step": step, "steps": {last.series: step}}
+
+
+def _check(*, measure: str, norm_type: float, flush_every: int, lr_factor: float) -> None:
+    if measure not in ("step", "backward"):
+        message = f'measure must be "step" or "backward" but got {measure!r}'
+        raise ValueError(message)
+    if not (isinstance(norm_type, int | float) and norm_type > 0):
+        message = f"norm_type must be a number above 0 but got {norm_type!r}"
+        raise ValueError(message)
+    if not isinstance(flush_every, int) or flush_every < 1:
+        message = (
+            f"flush_every must be a whole number of steps, at least 1, but got {flush_every!r}"
+        )
+        raise ValueError(message)
+    if not (isinstance(lr_factor, int | float) and 0 < lr_factor < math.inf):
+        message = f"lr_factor must be a finite number above 0 but got {lr_factor!r}"
+        raise ValueError(message)
+
+
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        message = f"max_norm must be a number above 0, inf or None but got {value!r}"
+        raise ValueError(message)
+    return float(value)
+
+
+def _in_force(imposed: float | None, asked: float | None) -> float:
+    if imposed is not None:
+        return imposed
+    if asked is None:
+        return math.inf
+    return asked if asked > 0 else math.nan
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def record_norm(norm: float | Tensor) -> None:
+    """Record the norm of a step that the engine of a training knows itself.
+
+    It goes to the recorder that is open; with several, call `NormRecorder.record_norm`.
+
+    Args:
+        norm: The total norm before clipping, such as ``engine.get_global_grad_norm()``.
+
+    Raises:
+        ValueError: If not exactly one recorder is open.
+    """
+    recorders = [r for r in interception.listeners_of_thread() if isinstance(r, NormRecorder)]
+    if len(recorders) != 1:
+        message = (
+            f"record_norm needs exactly one open recorder but found {len(recorders)}; "
+            "make one with normtune.NormRecorder(optimizer, path), or call its own record_norm"
+        )
+        raise ValueError(message)
+    recorders[0].record_norm(norm)

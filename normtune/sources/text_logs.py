@@ -1,0 +1,260 @@
+"""Console logs: lines of text, any of which may tell a gradient norm."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+
+from normtune.sources.clipping import in_text
+from normtune.sources.dialects import (
+    ANY_NAME, ANY_NORM, ANY_STEP, CONTEXT, DIALECTS, EPOCH, Dialect, by_key,
+)  # fmt: skip
+from normtune.sources.families import HF, UNKNOWN
+from normtune.sources.json_logs import flat_objects
+from normtune.sources.keys import Role, role
+from normtune.sources.numbers import number, whole
+from normtune.sources.rows import EpochClock, Rows
+from normtune.sources.streams import Bytes
+from normtune.sources.tables import Asked, Column, Reading
+
+LONGEST = 1 << 16  # bytes of a line that are searched
+MOST_COLUMNS = 500
+_COLOUR = re.compile(rb"\x1b\[[0-9;:?]{0,30}[A-Za-z]")
+_RANK = re.compile(rb"\[?(?:rank|default|)(\d{1,5})\]?: ?")
+_PRETTY = re.compile(rb"\s{0,200}[\"'][^\"']{0,200}[\"']\s{0,4}:\s{0,4}[^{}]{0,60}$")
+
+
+def read(data: Bytes, asked: Asked) -> Reading:
+    """Read a console log."""
+    reading = Reading(data.name, "text log")
+    lines = _Lines(asked, reading)
+    for block in data.lines():
+        lines.take(block, unfinished=data.unfinished)
+    reading.columns = lines.columns()
+    if lines.pretty and not any(len(column) for column in reading.columns.values()):
+        reading.columns = _spread(data, asked)
+    _hint(reading, lines)
+    return reading
+
+
+def _spread(data: Bytes, asked: Asked) -> dict[str, Column]:
+    """JSON objects that a log spreads over several lines."""
+    rows = Rows(asked)
+    for row in flat_objects(data):
+        rows.take(row)
+    rows.name()
+    return rows.columns
+
+
+def _hint(reading: Reading, lines: _Lines) -> None:
+    families = [c.family for c in reading.columns.values() if c.family and len(c)]
+    name = next((family.name for family in families if family.name), "")
+    if name:
+        reading.kind = f"{name} text log"
+    if lines.hugging_face and not families:
+        reading.hint = "a Hugging Face log holds grad_norm since transformers 4.38; its trainer_state.json may"
+
+
+class _Lines:
+    """Sorts the norms of lines into columns, one for each dialect and key."""
+
+    def __init__(self, asked: Asked, reading: Reading) -> None:
+        self.pretty = 0
+        self.hugging_face = False
+        self._asked = asked
+        self._reading = reading
+        self._columns: dict[tuple[int, str], Column | None] = {}
+        self._rows = Rows(asked)
+        self._dialect: Dialect | None = None
+        self._clocks: dict[int, EpochClock] = {}
+        self._context: int | None = None
+        self._rank: bytes | None = None
+        self._epoch = (-1.0, -1.0)  # the last one, and where this run began
+        self._width = 0
+        self._own = by_key(asked.key) if asked.key else None
+        self._own_hint = asked.key.lower().encode() if asked.key else b"\0"
+
+    def take(self, lines: list[bytes], *, unfinished: bool) -> None:
+        own = self._own_hint if self._own else None
+        for line in lines:
+            if (
+                b"norm" in line or b"Norm" in line or b"grad" in line or b"grdn" in line
+                or b"NORM" in line or (own and own in line.lower())
+            ):  # fmt: skip
+                self._line(line[:LONGEST] if len(line) > LONGEST else line, unfinished=unfinished)
+            elif b"[step=" in line or b"[batch=" in line:
+                self._note_step(line)
+            elif b"clip" in line or b"CLIP" in line:
+                self._note_clip(line)
+            elif b"'loss': " in line:
+                self.hugging_face = True
+
+    def columns(self) -> dict[str, Column]:
+        """The columns by key; of dialects that tell the same key the one with most values."""
+        self._rows.name()
+        found = [column for column in self._columns.values() if column is not None]
+        best: dict[str, Column] = {}
+        for column in [*found, *self._rows.columns.values()]:
+            if column.key not in best or len(column) > len(best[column.key]):
+                best[column.key] = column
+        most = max((len(column) for column in best.values()), default=0)
+        return {key: column for key, column in best.items() if 100 * len(column) >= most}
+
+    def _line(self, line: bytes, *, unfinished: bool) -> None:
+        if b"\x1b" in line:
+            line = _COLOUR.sub(b"", line)
+        if self._is_copy(line):
+            return
+        dialect = self._dialect
+        if dialect is not None and self._speak(dialect, line, unfinished):
+            return
+        if b'{"' in line and line.rstrip().endswith(b"}") and self._json(line):
+            return
+        for dialect in DIALECTS:
+            if dialect is not self._dialect and self._speak(dialect, line, unfinished):
+                self._dialect = dialect
+                return
+        if not self._any(line, unfinished):
+            self._note_clip(line)
+            if b"[step=" in line or b"[batch=" in line:
+                self._note_step(line)
+
+    def _is_copy(self, line: bytes) -> bool:
+        """Whether the line is another rank's; the first rank that tells a norm is read."""
+        if not line.startswith((b"[rank", b"[default")) and not line[:1].isdigit():
+            return False
+        match = _RANK.match(line)
+        if match is None or b"norm" not in line:
+            return False
+        if self._rank is None and (b"grad" in line or b"norm:" in line):
+            self._rank = match[1]
+        return match[1] != self._rank
+
+    def _speak(self, dialect: Dialect, line: bytes, unfinished: bool) -> bool:  # noqa: FBT001 - hot
+        for literal in dialect.needs:
+            if literal not in line:
+                return False
+        step: int | None = self._context if dialect.context else None
+        if dialect.step is not None:
+            found = dialect.step.search(line)
+            if found is None:
+                return False
+            step = self._step(id(dialect), found)
+        taken = False
+        for match in dialect.value.finditer(line):
+            groups = match.groups()
+            key = dialect.key or groups[0].decode(errors="replace")
+            column = self._column(id(dialect), key, dialect)
+            if column is not None:
+                taken = self._add(column, step, groups[-1], unfinished and match.end() >= len(line.rstrip()))
+                if dialect.family is HF:
+                    self._note_epoch(column, line)
+        return taken
+
+    def _column(self, source: int, key: str, dialect: Dialect | None) -> Column | None:
+        place = (source, key)
+        if place not in self._columns:
+            if len(self._columns) >= MOST_COLUMNS:
+                return None
+            known: Role | None = "total" if dialect is not None and dialect.key else role(key)
+            if dialect is None and known == "weak" and not self._asked.matches(key):
+                known = "other"
+            family = dialect.family if dialect is not None else UNKNOWN
+            self._columns[place] = self._asked.column(key, role_=known, family=family)
+        return self._columns[place]
+
+    def _add(self, column: Column, step: int | None, text: bytes, at_end: bool) -> bool:  # noqa: FBT001
+        if at_end and 2 * len(text) <= self._width:  # 12 of 123.45
+            self._reading.torn += 1
+            return True
+        try:
+            value: float | None = float(text)
+        except ValueError:
+            value = number(text.decode(errors="replace"))
+        if value is None:
+            return False
+        self._width = len(text)
+        column.add(step, value)
+        return True
+
+    def _step(self, source: int, found: re.Match[bytes]) -> int | None:
+        groups = [group for group in found.groups() if group is not None]
+        if len(groups) == 1:
+            text = groups[0]
+            return int(text) if text.isdigit() and len(text) < 18 else whole(text.decode())
+        numbers = [int(group[:15]) for group in groups]
+        if len(numbers) == 3 and numbers[2] >= numbers[1]:
+            return numbers[0] * numbers[2] + numbers[1]
+        return self._clocks.setdefault(source, EpochClock()).step(numbers[0], numbers[1])
+
+    def _any(self, line: bytes, unfinished: bool) -> bool:  # noqa: FBT001
+        """Any other line: a name with grad and norm in it, then a number."""
+        if _PRETTY.match(line):
+            self.pretty += 1
+            return False
+        taken = False
+        step: int | None = None
+        for name, match in self._named(line):
+            column = self._column(0, name, None)
+            if column is None:
+                continue
+            if not taken:
+                step = self._any_step(line)
+            at_end = unfinished and match.end() >= len(line.rstrip())
+            taken = self._add(column, step, match.groups()[-1], at_end) or taken
+        return taken
+
+    def _named(self, line: bytes) -> Iterator[tuple[str, re.Match[bytes]]]:
+        if self._own is not None and self._asked.key is not None:
+            own = self._own.search(line)
+            if own:
+                yield self._asked.key, own
+                return
+        for match in ANY_NORM.finditer(line):
+            before = ANY_NAME.search(line[max(0, match.start() - 100) : match.start()])
+            start = before[1] if before else b""
+            yield (start + match[1]).decode(errors="replace").strip(" -/.@"), match
+
+    def _any_step(self, line: bytes) -> int | None:
+        for pattern in ANY_STEP:
+            found = pattern.search(line)
+            if found:
+                return self._step(0, found)
+        return self._context
+
+    def _json(self, line: bytes) -> bool:
+        try:
+            row = json.loads(line[line.index(b'{"') :])
+        except (ValueError, RecursionError):
+            return False
+        if not isinstance(row, dict):
+            return False
+        before = sum(len(column) for column in self._rows.columns.values())
+        self._rows.take(row)
+        return sum(len(column) for column in self._rows.columns.values()) > before
+
+    def _note_step(self, line: bytes) -> None:
+        found = CONTEXT.search(line[:LONGEST])
+        if found:
+            self._context = int(found[1][:15])
+
+    def _note_clip(self, line: bytes) -> None:
+        if b"clip" in line or b"CLIP" in line or b"max_grad_norm" in line:
+            stated = in_text(line)
+            if not math.isnan(stated):
+                self._reading.max_norm, self._reading.stated = stated, "the log itself"
+
+    def _note_epoch(self, column: Column, line: bytes) -> None:
+        """A log without steps tells a new run by its epoch, which falls back to the start."""
+        found = EPOCH.search(line)
+        if found is None:
+            return
+        epoch = float(found[1])
+        last, start = self._epoch
+        if start < 0 or (epoch < last and epoch <= 2 * start + 1e-9):
+            start = epoch
+            if last >= 0:
+                column.breaks.append(len(column) - 1)
+        self._epoch = (epoch, start)

@@ -1,0 +1,86 @@
+"""A character LSTM on the Python documentation, with SGD at a high learning rate.
+
+Clipping matters here: without it some batches throw the weights far off. The text is that of
+Python's own `help()`, so nothing is downloaded; it differs between Python versions, and every
+record keeps its hash.
+"""
+
+import hashlib
+from pydoc_data.topics import topics
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+TEXT = "\n".join(topics[name] for name in sorted(topics))
+LENGTH = 48  # characters in one training example
+BATCH = 32
+DEFAULTS = {"lr": 20.0, "steps": 400, "hidden": 96}
+
+
+class CharLM(nn.Module):
+    """Characters in, logits of the next character out."""
+
+    def __init__(self, symbols: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, 32)
+        self.lstm = nn.LSTM(32, hidden, batch_first=True)
+        self.out = nn.Linear(hidden, symbols)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of shape (batch, length, symbols) for characters of shape (batch, length)."""
+        return self.out(self.lstm(self.embedding(x))[0])
+
+
+def load() -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Training characters, validation examples, and how many symbols there are."""
+    symbols = sorted(set(TEXT))
+    number = {symbol: i for i, symbol in enumerate(symbols)}
+    data = torch.tensor([number[symbol] for symbol in TEXT])
+    cut = len(data) * 9 // 10
+    validation = data[cut : cut + 256 * (LENGTH + 1)].view(256, LENGTH + 1)
+    return data[:cut], validation, len(symbols)
+
+
+def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the next character, in nats."""
+    return cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+def train(run) -> None:  # noqa: ANN001 - a normtune Run, or anything that looks like one
+    """Train on one seed and report the validation loss eight times."""
+    params = DEFAULTS | run.params
+    steps = round(params["steps"] * run.fraction)
+    train_data, validation, symbols = load()
+    train_data, validation = train_data.to(run.device), validation.to(run.device)
+
+    torch.manual_seed(run.seed)
+    batches = torch.Generator().manual_seed(run.seed)
+    model = CharLM(symbols, params["hidden"]).to(run.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=params["lr"])
+    run.watch(optimizer, metadata={"text": hashlib.sha256(TEXT.encode()).hexdigest()[:16]})
+
+    offsets = torch.arange(LENGTH + 1)
+    for step in range(1, steps + 1):
+        starts = torch.randint(len(train_data) - LENGTH, (BATCH, 1), generator=batches)
+        loss = loss_of(model, train_data[(starts + offsets).to(run.device)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % max(1, steps // 8) == 0 or step == steps:
+            with torch.no_grad():
+                run.report(loss_of(model, validation).item(), step)
+
+
+if __name__ == "__main__":
+    train(
+        SimpleNamespace(
+            seed=0,
+            params={},
+            device="cpu",
+            fraction=1.0,
+            watch=lambda *_, **__: None,
+            report=lambda value, step: print(f"step {step:3d}  validation loss {value:.4f}"),
+        )
+    )
