@@ -31,6 +31,7 @@ WIDE = 2.0  # upper over lower end of an interval
 SPIKE = 10.0  # times the median
 LR_FELL = 0.9
 EPS_MARGIN = 100.0
+TINY = 0.01  # torch's 1e-6 over max_norm
 COARSE_ENOUGH = 0.003
 FEWEST = 30  # finite norms below which nothing is suggested
 
@@ -238,8 +239,8 @@ def _thin_source(case: _Case) -> Iterator[str]:
     origin = case.record.origin
     if origin.value == "mean of window":
         yield (
-            "each value is a mean over a window of steps: single norms spread wider, so more "
-            "steps would be clipped than the table says, and spikes are understated"
+            "each value is a mean over a window of steps: single norms spread wider than these, so "
+            "the shares are rough and spikes are understated"
         )
     elif origin.value == "last of window":
         yield (
@@ -332,6 +333,15 @@ def _rate_fell(case: _Case) -> Iterator[str]:
         yield (
             f"the learning rate fell from {number(float(known.max()))} to "
             f"{number(float(known[-1]))} while recording: the norms mix both"
+        )
+
+
+def _tiny(case: _Case) -> Iterator[str]:
+    if TINY * case.choice.max_norm < statistics.TORCH_EPS:
+        asked = float((case.norms > case.choice.max_norm).mean())
+        yield (
+            f"torch adds 1e-6 to the norm, which is much beside {case.value}: it would clip "
+            f"{share(case.effect.share)} of the steps instead of {share(asked)}; scale the loss up"
         )
 
 
@@ -440,6 +450,7 @@ _DOUBTS: tuple[Callable[[_Case], Iterator[str]], ...] = (
     _belted,
     _clipped_meanwhile,
     _rate_fell,
+    _tiny,
     _eps_floor,
     _coarse,
     _zeros,

@@ -68,7 +68,8 @@ def headline(suggestion: Suggestion) -> str:
     """What the suggested max_norm stands on, as one line."""
     s = suggestion
     skipped = f", first {s.skipped_first} left out" if s.skipped_first else ""
-    norms = f"{s.n_steps - s.n_nonfinite} unclipped norms"
+    kind = "unclipped norms" if s.record.origin.clip_side == "before" else "norms"
+    norms = f"{s.n_steps - s.n_nonfinite} {kind}"
     return f"{clean(s.label)} of {norms} at {_rate(s)}{skipped}{_interval(s)}"
 
 

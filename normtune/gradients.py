@@ -169,6 +169,13 @@ def coefficient(max_norm: float, norm: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def scale_each(grads: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply each gradient in place, sparse ones too."""
+    for grad in grads:
+        grad.mul_(factor.to(grad.device))
+
+
+@torch.no_grad()
 def clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> bool | None:
     """Scale dense gradients of one device and dtype in place, as torch's clip does, bit for bit.
 

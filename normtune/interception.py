@@ -99,7 +99,7 @@ class _Compiled:
     """
 
     total_norm: Tensor | None = None
-    used: bool = False
+    watched: bool = False  # whether any recorder is open, for the compiler to guard on
     # What recorders impose there: 0.0 leaves the loop's value, inf only measures.
     imposed: float = 0.0
 
@@ -135,6 +135,8 @@ def listen(listener: Listener, parameters: Iterable[Tensor]) -> None:
     """Tell `listener` of every clip call and step on `parameters`; kept by weak references."""
     install()
     reference = weakref.ref(listener)
+    if not COMPILED.watched:
+        COMPILED.total_norm, COMPILED.watched = None, True
     with _lock:
         _listeners.add(listener)
         for parameter in parameters:
@@ -152,6 +154,8 @@ def unlisten(listener: Listener) -> None:
         _listeners.discard(listener)
         for _, references in _owners.values():
             references[:] = [r for r in references if r() not in (None, listener)]
+    if not _listeners:
+        COMPILED.total_norm, COMPILED.watched = None, False
 
 
 def listeners_of_thread() -> list[Any]:
@@ -248,8 +252,8 @@ def _spy_clip_grads_with_norm_(
 ) -> None:
     original = _original["_clip_grads_with_norm_"]
     if torch.compiler.is_compiling():
-        COMPILED.total_norm = total_norm
-        COMPILED.used = True
+        if COMPILED.watched:
+            COMPILED.total_norm = total_norm
         imposed = COMPILED.imposed
         if imposed == 0.0:
             original(parameters, max_norm, total_norm, foreach)
@@ -326,9 +330,16 @@ def clip_now(
     scale: Tensor | None = None,
 ) -> None:
     """Clip as `torch.nn.utils.clip_grad_norm_` would, bit for bit, unseen by the spies."""
-    total = gradients.torch_total_norm(grads, norm_type, False, foreach)
+    sparse = any(g.layout != torch.strided for g in grads)
+    if sparse:  # torch clips none, but a max_norm for such a training is a fair question
+        total = gradients.total_norm(grads, norm_type)
+    else:
+        total = gradients.torch_total_norm(grads, norm_type, False, foreach)
     if scale is not None:
         total = total / scale.to(total.device)
+    if sparse:
+        gradients.scale_each(grads, gradients.coefficient(max_norm, total))
+        return
     if foreach is not False and gradients.is_plain(grads):
         gradients.clip_(grads, max_norm, total)
     else:
@@ -381,6 +392,7 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     _local.steps[:] = [weakref.ref(optimizer)]
     listeners = _step_listeners(optimizer)
     if not listeners:
+        COMPILED.total_norm = None  # of another model's clip call
         return None
     closure = _closure_of(args, kwargs)
     if closure is None:

@@ -283,9 +283,24 @@ class Pairing:
         key = (call.site, call.kind, n, *ids)
         known = self._series.get(key)
         if known is None:
-            known = self._new_series(call)
+            known = self._grown_series(call) or self._new_series(call)
             self._series[key] = known
         return known
+
+    def _grown_series(self, call: ClipCall) -> Series | None:
+        """The series of an earlier call at this site on a part or more of the same parameters.
+
+        A training that unfreezes layers goes on with its series; one line that clips the parts
+        of a model one after the other keeps a series for each.
+        """
+        ids = frozenset(map(id, call.parameters))
+        now = {e.series for e in self.events if e.backward == self.backwards.count and not e.used}
+        for series in self._series.values():
+            same_site = series.name.split(" (")[0] == call.site
+            if same_site and series not in now and not ids.isdisjoint(series.ids):
+                series.ids, series.tensors = ids, len(ids)
+                return series
+        return None
 
     def _new_series(self, call: ClipCall) -> Series:
         ids = frozenset(map(id, call.parameters))
@@ -375,16 +390,25 @@ class Pairing:
 
     # --- steps
 
-    def step(self, optimizer: Any, parameters: Sequence[Tensor], name: str) -> Step:
-        """Pair the gradients that an optimizer is about to use with the clip calls before it."""
+    def step(
+        self, optimizer: Any, parameters: Sequence[Tensor], name: str, *, compiled: bool = False
+    ) -> Step:
+        """Pair the gradients that an optimizer is about to use with the clip calls before it.
+
+        Args:
+            optimizer: The optimizer.
+            parameters: What it steps.
+            name: What to call it in findings.
+            compiled: Whether a compiled function has clipped them, unseen.
+        """
         if self._sizes.get(id(optimizer)) != len(parameters):
             self._sizes[id(optimizer)] = len(parameters)
             self._owner.update(dict.fromkeys(map(id, parameters), id(optimizer)))
         with_grad = [p for p in parameters if p.grad is not None]
-        result = Step(rows=self._waiting)
-        self._waiting = []
         mine = {id(p) for p in with_grad}
         valid = [e for e in self._by_series(mine) if e is not None]
+        result = Step(rows=self._waiting)
+        self._waiting = []
         rows = self._rows_of([e for e in valid if not e.used])
         for event in valid:
             event.used = True
@@ -394,7 +418,7 @@ class Pairing:
         result.uncovered = [p for p in with_grad if id(p) not in covered] if covered else with_grad
         if not with_grad and not rows:
             self._report("no-gradients", name)
-        if not valid:
+        if not (valid or compiled):
             self._look_for_unseen_changes(with_grad, name)
         return result
 

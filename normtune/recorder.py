@@ -113,8 +113,8 @@ class NormRecorder:
         self._head = self._header(max_norm) | {k: v for k, v in counts.items() if k != "steps"}
         self._buffer = Buffer(_store(path, self._head), names, self._norm_type)
         self._buffer.counts.update(counts.get("steps", {}))
-        self.max_norm = max_norm
         self._attach()
+        self.max_norm = max_norm
 
     # --- what the user calls
 
@@ -477,8 +477,11 @@ class NormRecorder:
             self._pairing.step_site = interception.call_site()
             self._pairing.backwards.watch([p for p in parameters if p.grad is not None])
         scale, found_inf = optimizers.amp_marks(optimizer)
-        step = self._pairing.step(optimizer, parameters, optimizers.name_of(optimizer))
-        if COMPILED.total_norm is not None:
+        self._listen_to_new(parameters)
+        compiled = COMPILED.total_norm is not None
+        name = optimizers.name_of(optimizer)
+        step = self._pairing.step(optimizer, parameters, name, compiled=compiled)
+        if compiled:
             self._take_compiled(step.rows, parameters)
             step.clipped, step.uncovered = True, []
         limit = None
@@ -492,6 +495,14 @@ class NormRecorder:
             self._set_gradients_aside(parameters)
         elif step.uncovered and not step.clipped and limit not in (None, math.inf):
             self._clip_rest(step.uncovered, limit, scale)
+
+    def _listen_to_new(self, parameters: Sequence[Tensor]) -> None:
+        """Parameters that were added to the optimizer meanwhile."""
+        if len(parameters) > len(self._parameters):
+            known = {id(p) for p in self._parameters}
+            added = [p for p in parameters if id(p) not in known]
+            self._parameters += added
+            interception.listen(self, added)
 
     def _measure_rest(
         self,

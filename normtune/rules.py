@@ -190,6 +190,7 @@ def parse(rule: str | RuleFunction | None) -> Rule:
         return rule
     if callable(rule):
         name = getattr(rule, "__name__", type(rule).__name__)
+        name = "your function" if name == "<lambda>" else name
         return parse(name) if RULES.get(name) is rule else Rule(name, name, rule)
     if not isinstance(rule, str):
         raise ValueError(_unknown(rule))  # noqa: TRY004 - wrong arguments are ValueErrors here

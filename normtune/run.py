@@ -32,7 +32,7 @@ class TrainError(StudyError):
     """A training that cannot be used as it is, whatever the arm and the seed."""
 
 
-class RunEnded(BaseException):  # noqa: N818 - it is no error
+class RunEnded(BaseException):
     """Ends a run from within; no Exception, so that a loop's own handlers let it pass."""
 
 
@@ -140,9 +140,9 @@ class Run:
 
     def _after_step(self) -> None:
         self._stay_ended()
-        if self._stop_after is not None and self.recorder is not None:
-            if self.recorder.n_steps >= self._stop_after:
-                self._end("stopped", f"{self._stop_after} warm-up steps are recorded")
+        steps = self.recorder.n_steps if self.recorder is not None else 0
+        if self._stop_after is not None and steps >= self._stop_after:
+            self._end("stopped", f"{self._stop_after} warm-up steps are recorded")
 
     def _end(self, ending: Ending, reason: str) -> None:
         self.ended = self.ended or (ending, reason)

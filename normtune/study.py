@@ -330,7 +330,8 @@ def _refuse_aliases(text: str) -> None:
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
             problem = f"aliases (*{event.anchor}) are not read; write the value out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            mark: Any = event.start_mark  # the stubs allow one of two classes only
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def _explain_yaml(error: Exception, shown: Path) -> str:

@@ -162,8 +162,8 @@ def suggest(
     """Suggest a max_norm from the unclipped gradient norms of a training.
 
     Args:
-        norms: A `NormRecord`, the path of a record, a pandas Series, a numpy array or a list;
-            one norm a step, in the order of the steps.
+        norms: A `NormRecord`, the path of a record or of any log that `sources.read` knows, a
+            pandas Series, a numpy array or a list; one norm a step, in the order of the steps.
         rule: ``"p90"`` (the default), ``"p97.5"``, ``"median_multiple:3"``, ``"pascanu:5"`` or a
             function of an array.
         skip: Steps to leave out at the start: a count, or a share such as ``"10 %"``.
@@ -240,7 +240,9 @@ def _as_record(norms: object, series: str | None) -> NormRecord:
             raise ValueError(message)
         return norms
     if isinstance(norms, str | os.PathLike):
-        return NormRecord.load(norms, series=series)
+        from normtune import sources
+
+        return sources.read(norms, series=series)
     if isinstance(norms, bytes | Mapping | set) or norms is None:
         message = (
             "norms must be a NormRecord, a path, a pandas Series, an array or a list of numbers "

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 TEXT = "\n".join(topics[name] for name in sorted(topics))
 LENGTH = 48  # characters in one training example
 BATCH = 32
-DEFAULTS = {"lr": 20.0, "steps": 400, "hidden": 96}
+DEFAULTS = {"lr": 30.0, "steps": 480, "hidden": 64}
 
 
 class CharLM(nn.Module):
@@ -62,15 +62,15 @@ def train(run) -> None:  # noqa: ANN001 - a normtune Run, or anything that looks
     run.watch(optimizer, metadata={"text": hashlib.sha256(TEXT.encode()).hexdigest()[:16]})
 
     offsets = torch.arange(LENGTH + 1)
-    for step in range(1, steps + 1):
+    for step in range(steps + 1):
+        if step % max(1, steps // 8) == 0:
+            with torch.no_grad():
+                run.report(loss_of(model, validation).item(), step)
         starts = torch.randint(len(train_data) - LENGTH, (BATCH, 1), generator=batches)
         loss = loss_of(model, train_data[(starts + offsets).to(run.device)])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % max(1, steps // 8) == 0 or step == steps:
-            with torch.no_grad():
-                run.report(loss_of(model, validation).item(), step)
 
 
 if __name__ == "__main__":

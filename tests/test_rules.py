@@ -33,6 +33,7 @@ def test_percentile_rules_are_numpys(p):
         ("pascanu:0.5", 0.5 * NORMS.mean(), "0.5 x mean"),
         (None, np.percentile(NORMS, 90), "p90"),
         (np.max, NORMS.max(), "max"),
+        (lambda norms: norms.max(), NORMS.max(), "your function"),
     ],
 )
 def test_rules_are_read_as_written(name, value, label):

@@ -30,7 +30,9 @@ KEYS = frozenset(
 _INNER = ("max_norm", "clipping_threshold", "threshold", "value", "clip_val", "val")
 _OFF = frozenset({"none", "null", "false", "off", ""})
 _IN_TEXT = re.compile(
-    rb"(?i)(?<![\w])(?:" + b"|".join(sorted((k.encode() for k in KEYS), key=len, reverse=True)) + rb")"
+    rb"(?i)(?<![\w])(?:"
+    + b"|".join(sorted((k.encode() for k in KEYS), key=len, reverse=True))
+    + rb")"
     rb"""(?:['"]?\s{0,40}[:=]\s{0,40}|\s\.{2,80}\s{0,4})"""
     rb"(?:dict\(|\{)?\s{0,4}(?:['\"]?max_norm['\"]?\s{0,4}[:=]\s{0,4})?"
     rb"(?:" + TEXT + rb"|(None|null|False|off)\b)(?!\s*[*/(\w])"
@@ -60,7 +62,7 @@ def in_text(line: bytes) -> float:
     >>> in_text(b"'clip_norm': 0.0, 'sentence_avg': False"), in_text(b"clip=100.000")
     (inf, nan)
     """
-    match = _IN_TEXT.search(line[:100_000])
+    match = _IN_TEXT.search(line[: 1 << 20])
     if match is None:
         return math.nan
     return math.inf if match[2] else _meaning(number(match[1].decode()))
@@ -94,7 +96,17 @@ def _near(log: Path) -> Iterator[Path]:
     """The log's own folder; from a checkpoint, a TensorBoard or a files folder also the one above."""
     folder = log.parent
     yield folder
-    inner = ("files", "tensorboard", "tb_logs", "tf_logs", "runs", "logs", "tb", "vis_data", "metrics")
+    inner = (
+        "files",
+        "tensorboard",
+        "tb_logs",
+        "tf_logs",
+        "runs",
+        "logs",
+        "tb",
+        "vis_data",
+        "metrics",
+    )
     if folder.name.startswith(("checkpoint-", "version_")) or folder.name in inner:
         yield folder.parent
 
@@ -141,7 +153,11 @@ def _value(value: Any) -> Iterator[float]:
         if inner is not None and not _by_value(value):
             yield from _value(inner)
         return
-    if value is None or (isinstance(value, str) and value.strip().lower() in _OFF) or value is False:
+    if (
+        value is None
+        or (isinstance(value, str) and value.strip().lower() in _OFF)
+        or value is False
+    ):
         yield math.inf
         return
     found = _meaning(number(value))

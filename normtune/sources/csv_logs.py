@@ -18,7 +18,9 @@ from normtune.sources.tables import Asked, Column, Reading
 
 TENSORBOARD = ["wall time", "step", "value"]
 SAMPLED = 1000  # TensorBoard's download keeps at most so many points
-_OTHER_METRIC = re.compile(r"(?i)loss|(?:^|[_-])lr(?:$|[_-])|learning|accura|reward|perplex|(?:^|_)acc(?:$|_)")
+_OTHER_METRIC = re.compile(
+    r"(?i)loss|(?:^|[_-])lr(?:$|[_-])|learning|accura|reward|perplex|(?:^|_)acc(?:$|_)"
+)
 _NAMED = re.compile(r"^[^=<>{}\x00-\x1f]{0,300}$")
 
 
@@ -107,7 +109,9 @@ def _download(asked: Asked, reading: Reading) -> _Table:
     known = role(name)
     column = Column(key, role_=known if known != "other" else "total", family=Family(""))
     if known == "other":
-        reading.notes.append("the file does not name its metric: make sure that it is the gradient norm")
+        reading.notes.append(
+            "the file does not name its metric: make sure that it is the gradient norm"
+        )
     return _Table(TENSORBOARD, [(2, column)], 1, None)
 
 

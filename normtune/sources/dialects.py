@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from normtune.sources.families import HF, ClipSide, Family, Value
+from normtune.sources.families import HF, UNKNOWN, Family, Value
 from normtune.sources.numbers import TEXT
+
+# A pattern that begins with its literal is searched for at the speed of memory; so the check that
+# the literal is a word of its own comes after it, looking back over it.
+_GRAD_NORM = rb"grad_norm(?<![\w/]grad_norm)"
+_NORM = rb"norm(?<![\w./-]norm)"
+_STEP = rb"step(?<!\wstep)"
 
 
 @dataclass(frozen=True)
@@ -21,104 +27,235 @@ class Dialect:
             epoch; None where the line holds no step. A line without it is another dialect's.
         key: The key, where the line's own is too short to say what it is.
         context: Whether the step stands on a line before, as ``[step=12/100]``.
+        many: Whether a line may tell several values.
     """
 
     family: Family
     needs: tuple[bytes, ...]
     value: re.Pattern[bytes]
     step: re.Pattern[bytes] | None = None
-    key: str = ""
+    key: str = "grad_norm"
     context: bool = False
+    many: bool = False
 
 
-def _dialect(
-    name: str,
-    side: ClipSide,
-    value: Value,
-    needs: tuple[bytes, ...],
-    pattern: bytes,
-    step: bytes | None,
-    *,
+def _before(name: str, value: Value) -> Family:
+    return Family(name, "before", value)
+
+
+def _line(
+    family: Family,
+    *needs: bytes,
+    value: bytes,
+    step: bytes | None = None,
     key: str = "grad_norm",
     context: bool = False,
 ) -> Dialect:
-    return Dialect(
-        Family(name, side, value),
-        needs,
-        re.compile(pattern + TEXT),
-        re.compile(step) if step else None,
-        key,
-        context,
-    )
+    pattern = re.compile(value + TEXT)
+    steps = re.compile(step) if step else None
+    return Dialect(family, needs, pattern, steps, key, context, many=not key)
 
-
-LAST: Value = "last of window"
-MEAN: Value = "mean of window"
 
 # The first that fits a line wins.
 DIALECTS = (
-    _dialect("fairseq", "before", MEAN, (b"gnorm=",), rb"(?<!\w)gnorm=", rb"num_updates=(\d+)", key="gnorm"),
-    _dialect("ESPnet", "before", MEAN, (b"epoch:train:", b"grad_norm="), rb"(?<!\w)grad_norm=",
-             rb"(\d+)epoch:train:\d+-(\d+)batch"),
-    _dialect("Megatron-LM", "before", LAST, (b"grad norm:", b"iteration"), rb"(?<!\w)grad norm:\s{0,10}",
-             rb"iteration\s{1,20}(\d+)\s{0,4}/", key="grad norm"),
-    _dialect("nanotron", "before", LAST, (b"grad_norm:", b"iteration:"), rb"(?<![\w/])grad_norm:\s{0,10}",
-             rb"iteration:\s{0,8}(\d+)"),
-    _dialect("llm.c", "before", "each step", (b" norm:", b"s:"), rb"(?<![\w/.-])norm:\s{0,8}", rb"^\s{0,8}s:(\d+)\s",
-             key="norm"),
-    _dialect("llm.c", "before", "each step", (b"| norm ", b"step"), rb"\| norm\s{1,8}", rb"step\s{1,8}(\d+)/",
-             key="norm"),
-    _dialect("build-nanogpt", "before", "each step", (b"norm:", b"step"), rb"(?<![\w./-])(?<!grad )norm:\s{0,8}",
-             rb"(?<![\w])step:?\s{0,8}(\d+)", key="norm"),
-    _dialect("Swin Transformer", "before", LAST, (b"grad_norm ", b"Train: ["), rb"(?<!\w)grad_norm\s{1,4}",
-             rb"Train: \[(\d+)/\d+\]\[(\d+)/(\d+)\]"),
-    _dialect("mmcv", "before", MEAN, (b"grad_norm:", b"Epoch"), rb"(?<![\w/])grad_norm:\s{0,8}",
-             rb"Epoch(?:\(train\))?\s{1,4}\[(\d+)\]\[\s{0,8}(\d+)/(\d+)\]"),
-    _dialect("mmcv", "before", MEAN, (b"grad_norm:", b"Iter"), rb"(?<![\w/])grad_norm:\s{0,8}",
-             rb"Iter(?:\(train\))?\s{1,4}\[\s{0,8}(\d+)/"),
-    _dialect("torchtitan", "before", LAST, (b"grad_norm:", b"memory:", b"step:"), rb"(?<![\w/])grad_norm:\s{0,8}",
-             rb"(?<!\w)step:\s{0,8}(\d+)"),
-    _dialect("torchtune", "before", LAST, (b"grad_norm:", b"Step ", b" | "), rb"(?<![\w/])grad_norm:\s{0,8}",
-             rb"Step (\d+) \|"),
-    _dialect("verl", "before", MEAN, (b"/grad_norm:", b"step:"), rb"([\w/]{1,60}/grad_norm):\s{0,4}",
-             rb"(?<![\w/])step:(\d+) - ", key=""),
-    _dialect("lingua", "before", LAST, (b" grad: ", b"  acc: "), rb"(?<!\w)grad: ", rb"(?<!\w)step: (\d+)  acc: "),
-    _dialect("LeRobot", "before", MEAN, (b"grdn:",), rb"(?<!\w)grdn:\s{0,4}", rb"(?<!\w)step:(\d+(?:\.\d+)?[KMB]?)\s",
-             key="grdn"),
-    _dialect("openpi", "before", MEAN, (b"grad_norm=", b"Step "), rb"(?<![\w/])grad_norm=", rb"Step (\d+): "),
-    _dialect("AlgoPerf", "unknown", "each step", (b"grad_norm = ", b") loss = "), rb"(?<![\w/])grad_norm = ",
-             rb"(?:^|\s)(\d+)\) loss = "),
-    _dialect("clu", "unknown", "unknown", (b"grad_norm=", b"["), rb"(?<![\w/])((?:[\w/]{1,40}/)?grad_norm)=",
-             rb"\] \[(\d+)\] |(?:^|\s)\[(\d+)\] ", key=""),
-    Dialect(HF, (b"grad_norm': ",), re.compile(rb"'(?:train/)?grad_norm': " + TEXT), None, "grad_norm"),
-    _dialect("OLMo", "before", LAST, (b"optim/total",), rb"(optim/total[_ ]grad[_ ]norm)=", None, key="",
-             context=True),
-    _dialect("MosaicML Composer", "after", LAST, (b"l2_norm/grad/global",), rb"(l2_norm/grad/global): ", None,
-             key="", context=True),
-)  # fmt: skip
+    _line(
+        _before("fairseq", "mean of window"),
+        b"gnorm=",
+        value=rb"gnorm(?<!\wgnorm)=",
+        step=rb"num_updates=(\d+)",
+        key="gnorm",
+    ),
+    _line(
+        _before("ESPnet", "mean of window"),
+        b"epoch:train:",
+        b"grad_norm=",
+        value=_GRAD_NORM + rb"=",
+        step=rb"(\d+)epoch:train:\d+-(\d+)batch",
+    ),
+    _line(
+        _before("Megatron-LM", "last of window"),
+        b"grad norm:",
+        b"iteration",
+        value=rb"grad norm(?<!\wgrad norm):\s{0,10}",
+        step=rb"iteration\s{1,20}(\d+)\s{0,4}/",
+        key="grad norm",
+    ),
+    _line(
+        _before("nanotron", "last of window"),
+        b"grad_norm:",
+        b"iteration:",
+        value=_GRAD_NORM + rb":\s{0,10}",
+        step=rb"iteration:\s{0,8}(\d+)",
+    ),
+    _line(
+        _before("llm.c", "each step"),
+        b" norm:",
+        b"s:",
+        value=_NORM + rb":\s{0,8}",
+        step=rb"^\s{0,8}s:(\d+)\s",
+        key="norm",
+    ),
+    _line(
+        _before("llm.c", "each step"),
+        b"| norm ",
+        b"step",
+        value=rb"\| norm\s{1,8}",
+        step=rb"step\s{1,8}(\d+)/",
+        key="norm",
+    ),
+    _line(
+        _before("build-nanogpt", "each step"),
+        b"norm:",
+        b"step",
+        value=_NORM + rb"(?<!grad norm):\s{0,8}",
+        step=_STEP + rb":?\s{0,8}(\d+)",
+        key="norm",
+    ),
+    _line(
+        _before("Swin Transformer", "last of window"),
+        b"grad_norm ",
+        b"Train: [",
+        value=_GRAD_NORM + rb"\s{1,4}",
+        step=rb"Train: \[(\d+)/\d+\]\[(\d+)/(\d+)\]",
+    ),
+    _line(
+        _before("mmcv", "mean of window"),
+        b"grad_norm:",
+        b"Epoch",
+        value=_GRAD_NORM + rb":\s{0,8}",
+        step=rb"Epoch(?:\(train\))?\s{1,4}\[(\d+)\]\[\s{0,8}(\d+)/(\d+)\]",
+    ),
+    _line(
+        _before("mmcv", "mean of window"),
+        b"grad_norm:",
+        b"Iter",
+        value=_GRAD_NORM + rb":\s{0,8}",
+        step=rb"Iter(?:\(train\))?\s{1,4}\[\s{0,8}(\d+)/",
+    ),
+    _line(
+        _before("torchtitan", "last of window"),
+        b"grad_norm:",
+        b"memory:",
+        b"step:",
+        value=_GRAD_NORM + rb":\s{0,8}",
+        step=_STEP + rb":\s{0,8}(\d+)",
+    ),
+    _line(
+        _before("torchtune", "last of window"),
+        b"grad_norm:",
+        b"Step ",
+        b" | ",
+        value=_GRAD_NORM + rb":\s{0,8}",
+        step=rb"Step (\d+) \|",
+    ),
+    _line(
+        _before("verl", "mean of window"),
+        b"/grad_norm:",
+        b"step:",
+        value=rb"([A-Za-z][\w/]{0,60}/grad_norm):\s{0,4}",
+        step=_STEP + rb":(\d+) - ",
+        key="",
+    ),
+    _line(
+        _before("lingua", "last of window"),
+        b" grad: ",
+        b"  acc: ",
+        value=rb" grad: ",
+        step=_STEP + rb": (\d+)  acc: ",
+    ),
+    _line(
+        _before("LeRobot", "mean of window"),
+        b"grdn:",
+        value=rb"grdn(?<!\wgrdn):\s{0,4}",
+        step=_STEP + rb":(\d+(?:\.\d+)?[KMB]?)\s",
+        key="grdn",
+    ),
+    _line(
+        _before("openpi", "mean of window"),
+        b"grad_norm=",
+        b"Step ",
+        value=_GRAD_NORM + rb"=",
+        step=rb"Step (\d+): ",
+    ),
+    _line(  # AlgoPerf prints each value twice: this is the training process, clu its log writer
+        Family("AlgoPerf", "unknown", "each step"),
+        b"grad_norm = ",
+        b") loss = ",
+        value=_GRAD_NORM + rb" = ",
+        step=rb"(?:^|\s)(\d+)\) loss = ",
+    ),
+    _line(
+        Family("clu"),
+        b"grad_norm=",
+        b"[",
+        value=rb"((?:[A-Za-z]\w{0,40}/)?grad_norm)(?<!\wgrad_norm)=",
+        step=rb"\] \[(\d+)\] |(?:^|\s)\[(\d+)\] ",
+        key="",
+    ),
+    Dialect(
+        HF,
+        (b"grad_norm': ",),
+        re.compile(rb"grad_norm': " + TEXT),
+        many=True,
+    ),
+    _line(
+        _before("OLMo", "last of window"),
+        b"optim/total",
+        value=rb"(optim/total[_ ]grad[_ ]norm)=",
+        key="",
+        context=True,
+    ),
+    _line(
+        Family("MosaicML Composer", "after", "last of window"),
+        b"l2_norm/grad/global",
+        value=rb"(l2_norm/grad/global): ",
+        key="",
+        context=True,
+    ),
+)
 
 CONTEXT = re.compile(rb"\[(?:step|batch)=(\d+)")
 EPOCH = re.compile(rb"'epoch': '?(\d+(?:\.\d+)?)")
 
-# Any other line that names a gradient norm: the word norm, then the number; `before` reads the name backwards.
+# Any other line that names a gradient norm: from the word norm on, then the number.
+_GAP = rb"(?:['\"\])]{0,2}(?:\s{0,4}[:=]\s{0,12}|\s{1,12}))"
 ANY_NORM = re.compile(
-    rb"(?i)(norms?(?: (?:before|after|pre|post)[ -]clip(?:ping)?)?[\w./@-]{0,60}|gnorm|grdn|l2_grads)"
-    rb"['\"\])]{0,2}(?:\s{0,4}[:=]\s{0,12}|\s{1,12})" + TEXT
+    rb"((?:[nN]orms?|NORM)(?: (?:before|after|pre|post)[ -]clip(?:ping)?)?[\w./@-]{0,60}|gnorm|grdn)"
+    + _GAP
+    + TEXT
 )
+# The words of its name that stand before, read up to the end of what is given.
 ANY_NAME = re.compile(
-    rb"(?i)((?:(?:total|global|mean|avg|average|raw|unclipped|clipped|gradients?|grads?|l2|model|pre-?clip"
-    rb"|post-?clip)[ ]){0,3}[\w./@-]{0,80})$"
+    rb"(?i)((?:(?:total|global|mean|avg|average|raw|unclipped|clipped|gradients?|grads?|l2|model"
+    rb"|pre-?clip|post-?clip) ){0,3}[\w./@-]{0,80})$"
 )
-_WORD = rb"(?i)(?<![a-z_/])(?:%s)s?['\"]?\s{0,3}[:=#\[(]?\s{0,8}(\d{1,15}(?:\.\d{1,3}[KM])?[KM]?)(?![\d.]{0,20}m?s\b)"
-ANY_STEP = (
-    re.compile(_WORD % rb"global[_ ]?step|train[_ ]?step|training[_ ]?step|step|num_update|update|optimizer[_ ]?step"),
-    re.compile(rb"(?:Epoch|Train|train|epoch)[^\[\n]{0,12}\[\s{0,4}(\d+)(?:/\d+)?\]\s{0,4}\[\s{0,8}(\d+)/(\d+)\]"),
-    re.compile(_WORD % rb"iteration|iter|it"),
-    re.compile(_WORD % rb"batch"),
+_COUNT = (
+    rb"s?['\"]?\s{0,3}[:=#\[(]?\s{0,8}(\d{1,15}(?:\.\d{1,3}[KM])?[KM]?)(?![\d.]{0,20}m?s\b)(?!\w)"
 )
+_STEP_WORDS = (
+    rb"(?<![a-z_/])(?:(?:global|train|training|optimizer)[_ ]?step|step|num_update|update)",
+    rb"(?<![a-z_/])(?:iteration|iter|it)",
+    rb"(?<![a-z_/])(?:batch)",
+)
+_IN_EPOCH = re.compile(
+    rb"(?:Epoch|Train|train|epoch)[^\[\n]{0,12}\[\s{0,4}(\d+)(?:/\d+)?\]\s{0,4}\[\s{0,8}(\d+)/(\d+)\]"
+)
+_STEP_PATTERNS = [re.compile(rb"(?i)(" + word + rb")" + _COUNT) for word in _STEP_WORDS]
+ANY_STEP = (_STEP_PATTERNS[0], _IN_EPOCH, *_STEP_PATTERNS[1:])
 
 
 def by_key(key: str) -> re.Pattern[bytes]:
     """Finds the value that a line gives for a key of the user's own."""
-    name = re.escape(key.encode())
-    return re.compile(rb"(?i)(?<![\w/])" + name + rb"['\"\])]{0,2}(?:\s{0,4}[:=]\s{0,12}|\s{1,12})" + TEXT)
+    return re.compile(rb"(?i)(?<![\w/])" + re.escape(key.encode()) + _GAP + TEXT)
+
+
+def learned(key: str, name: bytes, word: bytes) -> Dialect:
+    """The dialect of a log of nobody's framework: its name for the norm and its word for steps."""
+    literal, word_literal = re.escape(name), re.escape(word)
+    return Dialect(
+        UNKNOWN,
+        (name, word),
+        re.compile(literal + rb"(?<![\w./@-]" + literal + rb")" + _GAP + TEXT),
+        re.compile(word_literal + rb"(?<![A-Za-z_/]" + word_literal + rb")" + _COUNT),
+        key,
+    )

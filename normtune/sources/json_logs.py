@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from normtune.sources.clipping import in_mapping
+from normtune.sources.clipping import in_mapping, in_text
 from normtune.sources.families import HF
 from normtune.sources.numbers import number, whole
 from normtune.sources.rows import DEEPEST, Rows
@@ -71,7 +72,9 @@ def _take_line(line: bytes, rows: Rows, reading: Reading) -> None:
     rows.take(row)
     if b"clip" in line or b"max_grad_norm" in line:
         stated = in_mapping(row)
-        if stated == stated:  # noqa: PLR0124 - not nan
+        if math.isnan(stated):  # mmcv writes its config as one string
+            stated = in_text(line)
+        if not math.isnan(stated):
             reading.max_norm, reading.stated = stated, "the log itself"
 
 
@@ -172,7 +175,9 @@ class _Walk:
 
 def _plain(item: Any) -> bool:
     if isinstance(item, list):
-        return 2 <= len(item) <= 3 and all(_plain(cell) and not isinstance(cell, list) for cell in item)
+        return 2 <= len(item) <= 3 and all(
+            _plain(cell) and not isinstance(cell, list) for cell in item
+        )
     return item is None or (isinstance(item, int | float | str) and not isinstance(item, bool))
 
 

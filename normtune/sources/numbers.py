@@ -6,7 +6,9 @@ import math
 import re
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-_WRAPPED = re.compile(r"(?:(?:np|numpy|torch|jnp)\.)?(?:float\d*|tensor|array|Array)\(\s*([^\s,()]+)")
+_WRAPPED = re.compile(
+    r"(?:(?:np|numpy|torch|jnp)\.)?(?:float\d*|tensor|array|Array)\(\s*([^\s,()]+)"
+)
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?(?:[eE][-+]?\d+)?")
 _BLANK = frozenset({"", "none", "null", "n/a", "na", "-", "--"})
 LONGEST = 100  # characters; no number that a log prints is longer

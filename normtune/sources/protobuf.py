@@ -59,4 +59,6 @@ def signed(value: int) -> int:
 def packed(content: bytes, kind: str) -> list[float]:
     """Numbers of a packed field of `kind`, a format character of struct."""
     size = struct.calcsize(kind)
-    return list(struct.unpack(f"<{len(content) // size}{kind}", content[: len(content) // size * size]))
+    return list(
+        struct.unpack(f"<{len(content) // size}{kind}", content[: len(content) // size * size])
+    )

@@ -160,7 +160,9 @@ def _as_utf8(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 @contextmanager
-def on_disk(source: str | os.PathLike[str] | BinaryIO, progress: Progress | None) -> Iterator[Bytes]:
+def on_disk(
+    source: str | os.PathLike[str] | BinaryIO, progress: Progress | None
+) -> Iterator[Bytes]:
     """A source as a plain file: streams and pipes are copied into a temporary one first."""
     if not isinstance(source, str | os.PathLike):
         with _copied(source, "standard input", progress) as copied:

@@ -33,7 +33,12 @@ class Column:
     )  # fmt: skip
 
     def __init__(
-        self, key: str, *, keep: bool = True, role_: Role | None = None, family: Family | None = None
+        self,
+        key: str,
+        *,
+        keep: bool = True,
+        role_: Role | None = None,
+        family: Family | None = None,
     ) -> None:
         self.key = key
         self.keep = keep
@@ -56,8 +61,7 @@ class Column:
             self.values.append(value)
             return
         self.points += 1
-        if value < self.lowest:
-            self.lowest = value
+        self.lowest = min(self.lowest, value)
         if math.inf > value > self.highest:
             self.highest = value
         if self.first is None:

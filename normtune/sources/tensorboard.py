@@ -8,8 +8,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from normtune.sources.clipping import KEYS, in_mapping
 from normtune.sources.numbers import number
 from normtune.sources.protobuf import fields, packed, signed, varint
@@ -197,10 +195,10 @@ def masked_crc(data: bytes) -> int:
     """The masked CRC-32C of TFRecords.
 
     >>> hex(masked_crc(b"123456789"))
-    '0x78930ab0'
+    '0xc78ab0e5'
     """
     crc = 0xFFFFFFFF
     for byte in data:
         crc = (crc >> 8) ^ _CRC[(crc ^ byte) & 0xFF]
     crc ^= 0xFFFFFFFF
-    return int(np.uint32((crc >> 15 | crc << 17) & 0xFFFFFFFF) + np.uint32(0xA282EAD8)) & 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

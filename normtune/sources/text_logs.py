@@ -9,7 +9,14 @@ from collections.abc import Iterator
 
 from normtune.sources.clipping import in_text
 from normtune.sources.dialects import (
-    ANY_NAME, ANY_NORM, ANY_STEP, CONTEXT, DIALECTS, EPOCH, Dialect, by_key,
+    ANY_NAME,
+    ANY_NORM,
+    ANY_STEP,
+    CONTEXT,
+    DIALECTS,
+    EPOCH,
+    Dialect,
+    by_key,
 )  # fmt: skip
 from normtune.sources.families import HF, UNKNOWN
 from normtune.sources.json_logs import flat_objects
@@ -21,6 +28,8 @@ from normtune.sources.tables import Asked, Column, Reading
 
 LONGEST = 1 << 16  # bytes of a line that are searched
 MOST_COLUMNS = 500
+_PLACES = {id(dialect): i for i, dialect in enumerate(DIALECTS)}
+_OTHER = len(DIALECTS)
 _COLOUR = re.compile(rb"\x1b\[[0-9;:?]{0,30}[A-Za-z]")
 _RANK = re.compile(rb"\[?(?:rank|default|)(\d{1,5})\]?: ?")
 _PRETTY = re.compile(rb"\s{0,200}[\"'][^\"']{0,200}[\"']\s{0,4}:\s{0,4}[^{}]{0,60}$")
@@ -54,7 +63,9 @@ def _hint(reading: Reading, lines: _Lines) -> None:
     if name:
         reading.kind = f"{name} text log"
     if lines.hugging_face and not families:
-        reading.hint = "a Hugging Face log holds grad_norm since transformers 4.38; its trainer_state.json may"
+        reading.hint = (
+            "a Hugging Face log holds grad_norm since transformers 4.38; its trainer_state.json may"
+        )
 
 
 class _Lines:
@@ -94,7 +105,8 @@ class _Lines:
     def columns(self) -> dict[str, Column]:
         """The columns by key; of dialects that tell the same key the one with most values."""
         self._rows.name()
-        found = [column for column in self._columns.values() if column is not None]
+        places = sorted(self._columns, key=lambda place: place[0])  # ties go to the earlier dialect
+        found = [c for place in places if (c := self._columns[place]) is not None]
         best: dict[str, Column] = {}
         for column in [*found, *self._rows.columns.values()]:
             if column.key not in best or len(column) > len(best[column.key]):
@@ -108,15 +120,15 @@ class _Lines:
         if self._is_copy(line):
             return
         dialect = self._dialect
-        if dialect is not None and self._speak(dialect, line, unfinished):
+        if dialect is not None and self._speak(dialect, line, unfinished=unfinished):
             return
         if b'{"' in line and line.rstrip().endswith(b"}") and self._json(line):
             return
         for dialect in DIALECTS:
-            if dialect is not self._dialect and self._speak(dialect, line, unfinished):
+            if dialect is not self._dialect and self._speak(dialect, line, unfinished=unfinished):
                 self._dialect = dialect
                 return
-        if not self._any(line, unfinished):
+        if not self._any(line, unfinished=unfinished):
             self._note_clip(line)
             if b"[step=" in line or b"[batch=" in line:
                 self._note_step(line)
@@ -132,42 +144,63 @@ class _Lines:
             self._rank = match[1]
         return match[1] != self._rank
 
-    def _speak(self, dialect: Dialect, line: bytes, unfinished: bool) -> bool:  # noqa: FBT001 - hot
+    def _speak(self, dialect: Dialect, line: bytes, *, unfinished: bool) -> bool:
         for literal in dialect.needs:
             if literal not in line:
                 return False
-        step: int | None = self._context if dialect.context else None
+        match = dialect.value.search(line)
+        if match is None:
+            return False
+        step = self._context if dialect.context else None
         if dialect.step is not None:
             found = dialect.step.search(line)
             if found is None:
                 return False
-            step = self._step(id(dialect), found)
-        taken = False
-        for match in dialect.value.finditer(line):
-            groups = match.groups()
-            key = dialect.key or groups[0].decode(errors="replace")
-            column = self._column(id(dialect), key, dialect)
-            if column is not None:
-                taken = self._add(column, step, groups[-1], unfinished and match.end() >= len(line.rstrip()))
-                if dialect.family is HF:
-                    self._note_epoch(column, line)
-        return taken
+            step = self._step(_PLACES.get(id(dialect), _OTHER), found.groups())
+        if not dialect.many:
+            return self._value(dialect, step, match, unfinished=unfinished)
+        values = [
+            self._value(dialect, step, match, unfinished=unfinished)
+            for match in dialect.value.finditer(line)
+        ]
+        if dialect.family is HF:
+            self._note_epoch(line)
+        return any(values)
 
-    def _column(self, source: int, key: str, dialect: Dialect | None) -> Column | None:
-        place = (source, key)
-        if place not in self._columns:
-            if len(self._columns) >= MOST_COLUMNS:
-                return None
-            known: Role | None = "total" if dialect is not None and dialect.key else role(key)
-            if dialect is None and known == "weak" and not self._asked.matches(key):
-                known = "other"
-            family = dialect.family if dialect is not None else UNKNOWN
-            self._columns[place] = self._asked.column(key, role_=known, family=family)
-        return self._columns[place]
+    def _value(
+        self, dialect: Dialect, step: int | None, match: re.Match[bytes], *, unfinished: bool
+    ) -> bool:
+        groups = match.groups()
+        key = dialect.key or groups[0].decode(errors="replace")
+        column = self._column(_PLACES.get(id(dialect), _OTHER), key, dialect)
+        return column is not None and self._add(column, step, match, unfinished=unfinished)
 
-    def _add(self, column: Column, step: int | None, text: bytes, at_end: bool) -> bool:  # noqa: FBT001
-        if at_end and 2 * len(text) <= self._width:  # 12 of 123.45
-            self._reading.torn += 1
+    def _column(self, place: int, key: str, dialect: Dialect | None) -> Column | None:
+        try:
+            return self._columns[place, key]
+        except KeyError:
+            pass
+        if len(self._columns) >= MOST_COLUMNS:
+            return None
+        known = self._role(place, key)
+        family = dialect.family if dialect is not None else UNKNOWN
+        column = self._asked.column(key, role_=known, family=family)
+        self._columns[place, key] = column
+        return column
+
+    def _role(self, place: int, key: str) -> Role:
+        """A framework's own line is a total norm, whatever it is called there."""
+        if place != _OTHER and DIALECTS[place].key:
+            return "total"
+        known = role(key)
+        return "other" if known == "weak" and not self._asked.matches(key) else known
+
+    def _add(
+        self, column: Column, step: int | None, match: re.Match[bytes], *, unfinished: bool
+    ) -> bool:
+        text = match[match.lastindex or 0]
+        if unfinished and 2 * len(text) <= self._width and not match.string[match.end() :].strip():
+            self._reading.torn += 1  # 12 of 123.45
             return True
         try:
             value: float | None = float(text)
@@ -179,50 +212,56 @@ class _Lines:
         column.add(step, value)
         return True
 
-    def _step(self, source: int, found: re.Match[bytes]) -> int | None:
-        groups = [group for group in found.groups() if group is not None]
-        if len(groups) == 1:
-            text = groups[0]
-            return int(text) if text.isdigit() and len(text) < 18 else whole(text.decode())
-        numbers = [int(group[:15]) for group in groups]
+    def _step(self, place: int, groups: tuple[bytes | None, ...]) -> int | None:
+        if len(groups) == 1 and groups[0] is not None and groups[0].isdigit():
+            return int(groups[0][:18])
+        counts = [group for group in groups if group is not None and group[:1].isdigit()]
+        if len(counts) == 1:
+            return whole(counts[0].decode())
+        numbers = [int(group[:15]) for group in counts]
         if len(numbers) == 3 and numbers[2] >= numbers[1]:
             return numbers[0] * numbers[2] + numbers[1]
-        return self._clocks.setdefault(source, EpochClock()).step(numbers[0], numbers[1])
+        return self._clocks.setdefault(place, EpochClock()).step(numbers[0], numbers[1])
 
-    def _any(self, line: bytes, unfinished: bool) -> bool:  # noqa: FBT001
+    def _any(self, line: bytes, *, unfinished: bool) -> bool:
         """Any other line: a name with grad and norm in it, then a number."""
         if _PRETTY.match(line):
             self.pretty += 1
             return False
-        taken = False
-        step: int | None = None
+        taken: list[tuple[str, bytes]] = []
+        step, word = None, b""
         for name, match in self._named(line):
-            column = self._column(0, name, None)
+            key = name.decode(errors="replace")
+            column = self._column(_OTHER, key, None)
             if column is None:
                 continue
             if not taken:
-                step = self._any_step(line)
-            at_end = unfinished and match.end() >= len(line.rstrip())
-            taken = self._add(column, step, match.groups()[-1], at_end) or taken
-        return taken
+                step, word = self._any_step(line)
+            if self._add(column, step, match, unfinished=unfinished):
+                taken.append((key, name))
+        if len(taken) == 1 and word and self._asked.key is None:
+            self._dialect = learned(*taken[0], word)
+        return bool(taken)
 
-    def _named(self, line: bytes) -> Iterator[tuple[str, re.Match[bytes]]]:
+    def _named(self, line: bytes) -> Iterator[tuple[bytes, re.Match[bytes]]]:
         if self._own is not None and self._asked.key is not None:
             own = self._own.search(line)
             if own:
-                yield self._asked.key, own
+                yield self._asked.key.encode(), own
                 return
         for match in ANY_NORM.finditer(line):
             before = ANY_NAME.search(line[max(0, match.start() - 100) : match.start()])
             start = before[1] if before else b""
-            yield (start + match[1]).decode(errors="replace").strip(" -/.@"), match
+            yield (start + match[1]).strip(b" -/.@"), match
 
-    def _any_step(self, line: bytes) -> int | None:
+    def _any_step(self, line: bytes) -> tuple[int | None, bytes]:
+        """The step that a line tells, and the word for it."""
         for pattern in ANY_STEP:
             found = pattern.search(line)
             if found:
-                return self._step(0, found)
-        return self._context
+                word = b"" if found[1][:1].isdigit() else found[1]
+                return self._step(_OTHER, found.groups()), word
+        return self._context, b""
 
     def _json(self, line: bytes) -> bool:
         try:
@@ -246,10 +285,11 @@ class _Lines:
             if not math.isnan(stated):
                 self._reading.max_norm, self._reading.stated = stated, "the log itself"
 
-    def _note_epoch(self, column: Column, line: bytes) -> None:
+    def _note_epoch(self, line: bytes) -> None:
         """A log without steps tells a new run by its epoch, which falls back to the start."""
         found = EPOCH.search(line)
-        if found is None:
+        column = self._columns.get((_PLACES[id(self._dialect)], "grad_norm"))
+        if found is None or column is None:
             return
         epoch = float(found[1])
         last, start = self._epoch

@@ -1,0 +1,165 @@
+"""`SearchResult`: what a search found, as values and as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from normtune import records
+from normtune.comparison import ArmRow, Verdict
+from normtune.format import number
+from normtune.trials import Settings, Trial
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        name: The name of the Optuna study.
+        storage: Its storage, without a password.
+        verdict: The comparison of the arms over fresh seeds, with its sentence.
+        suggestion: The suggestion from the unclipped warm-up, as `Suggestion.to_dict` gives it.
+        settings: What the search was fixed to.
+        trials: Every training, free ones included.
+        notes: What happened on the way: reuse switched off, crashes.
+        why_ended: Why no more runs were planned.
+    """
+
+    name: str
+    storage: str
+    verdict: Verdict
+    suggestion: Mapping[str, Any]
+    settings: Settings
+    trials: tuple[Trial, ...]
+    notes: tuple[str, ...]
+    why_ended: str
+
+    def __str__(self) -> str:
+        return format_result(self)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A pandas DataFrame with one row a training."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(trial) for trial in self.trials])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; non-finite numbers are strings."""
+        plain: dict[str, Any] = records.strict(
+            {
+                "study": self.name,
+                "storage": self.storage,
+                "verdict": self.verdict.to_dict(),
+                "suggestion": dict(self.suggestion),
+                "settings": asdict(self.settings),
+                "trials": [asdict(trial) for trial in self.trials],
+                "notes": self.notes,
+                "why_ended": self.why_ended,
+            }
+        )
+        return plain
+
+
+def format_result(result: SearchResult) -> str:
+    """The table of arms, the sentence, and what it says of the suggestion."""
+    verdict = result.verdict
+    lines = [*_runs_line(result), ""]
+    if verdict.arms:
+        lines += [*_table(verdict.arms), ""]
+    lines += [verdict.sentence, _about_suggestion(result)]
+    lines += [f"  - {note}" for note in (*verdict.notes, *result.notes)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _runs_line(result: SearchResult) -> list[str]:
+    trained = [t for t in result.trials if not t.free and t.state != "running"]
+    free = sum(t.free for t in result.trials)
+    failed = sum(t.state in ("diverged", "stuck") for t in trained)
+    minutes = sum(t.seconds for t in trained if math.isfinite(t.seconds)) / 60
+    crashed = sum(t.state == "crashed" for t in trained)
+    more = f", {crashed} crashed" if crashed else ""
+    head = f"study {result.name}: {len(trained)} trainings in {number(minutes)} minutes of training"
+    return [f"{head}, {free} more free of cost, {failed} failed{more}; {result.why_ended}"]
+
+
+HEADER = ("arm", "max_norm", "rate", "clipped", "failed", "value", "sd", "against no clipping")
+
+
+def _table(arms: Sequence[ArmRow]) -> list[str]:
+    rows = [HEADER, *(_row(arm) for arm in arms)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    return [
+        "  "
+        + "   ".join(
+            cell.ljust(w) if i in (0, len(HEADER) - 1) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _row(arm: ArmRow) -> tuple[str, ...]:
+    free = f" ({arm.free} free)" if arm.free else ""
+    return (
+        arm.label,
+        number(arm.max_norm) if math.isfinite(arm.max_norm) else "none",
+        f"{number(arm.lr_factor)}x",
+        f"{100 * arm.clip_share:.0f} %" if math.isfinite(arm.clip_share) else "",
+        f"{arm.failed} of {arm.seeds}{free}",
+        _figure(arm.mean),
+        _figure(arm.sd),
+        _against_none(arm),
+    )
+
+
+def _against_none(arm: ArmRow) -> str:
+    if not math.isfinite(arm.delta):
+        return ""
+    ends = f" ({arm.delta_low:+.3g} to {arm.delta_high:+.3g})"
+    return f"{arm.delta:+.3g}" + (ends if math.isfinite(arm.delta_low) else "")
+
+
+def _figure(value: float) -> str:
+    return number(value, 4) if math.isfinite(value) else ""
+
+
+WORDS = {
+    "helps": "helps against no clipping",
+    "hurts": "hurts against no clipping",
+    "equal": "is equal to no clipping",
+    "undecided": "against no clipping is undecided",
+}
+WORDS_BEST = {
+    "best": "is the best value found",
+    "as good": "is as good as the best value found",
+    "worse": "is worse than the best value found",
+    "undecided": "against the best value found is undecided",
+}
+WORDS_CURRENT = {
+    "better": "better than",
+    "worse": "worse than",
+    "equal": "equal to",
+    "undecided": "undecided against",
+}
+
+
+def _about_suggestion(result: SearchResult) -> str:
+    verdict, settings = result.verdict, result.settings
+    if verdict.kind == "none":
+        return f"the suggestion {number(settings.suggestion)} was not tried on fresh seeds"
+    vs_best = WORDS_BEST[verdict.suggestion_vs_best]
+    best = "" if verdict.suggestion_vs_best == "best" else f" ({number(verdict.best)})"
+    text = (
+        f"the suggestion {number(settings.suggestion)} "
+        f"{WORDS[verdict.suggestion_vs_none]}, and {vs_best}{best}"
+    )
+    if verdict.suggestion_vs_current and settings.current is not None:
+        word = WORDS_CURRENT[verdict.suggestion_vs_current]
+        text += f"; {word} the loop's own {number(settings.current)}"
+    return text
