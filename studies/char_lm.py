@@ -1,6 +1,7 @@
 """A character LSTM on the Python documentation, with SGD at a high learning rate.
 
-Clipping matters here: without it some batches throw the weights far off. The text is that of
+Clipping matters here: without it some batches throw the weights so far off that the model ends no
+better than it began. The text is that of
 Python's own `help()`, so nothing is downloaded; it differs between Python versions, and every
 record keeps its hash.
 """
@@ -49,7 +50,7 @@ def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 def train(run) -> None:  # noqa: ANN001 - a normtune Run, or anything that looks like one
-    """Train on one seed and report the validation loss eight times."""
+    """Train on one seed and report the validation loss, first that of the untrained model."""
     params = DEFAULTS | run.params
     steps = round(params["steps"] * run.fraction)
     train_data, validation, symbols = load()
@@ -61,16 +62,20 @@ def train(run) -> None:  # noqa: ANN001 - a normtune Run, or anything that looks
     optimizer = torch.optim.SGD(model.parameters(), lr=params["lr"])
     run.watch(optimizer, metadata={"text": hashlib.sha256(TEXT.encode()).hexdigest()[:16]})
 
+    def report(step: int) -> None:
+        with torch.no_grad():
+            run.report(loss_of(model, validation).item(), step)
+
     offsets = torch.arange(LENGTH + 1)
-    for step in range(steps + 1):
-        if step % max(1, steps // 8) == 0:
-            with torch.no_grad():
-                run.report(loss_of(model, validation).item(), step)
+    report(0)
+    for step in range(1, steps + 1):
         starts = torch.randint(len(train_data) - LENGTH, (BATCH, 1), generator=batches)
         loss = loss_of(model, train_data[(starts + offsets).to(run.device)])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if step % (steps // 8) == 0:
+            report(step)
 
 
 if __name__ == "__main__":

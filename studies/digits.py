@@ -25,7 +25,7 @@ def load() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def train(run) -> None:  # noqa: ANN001 - a normtune Run, or anything that looks like one
-    """Train on one seed and report the validation loss eight times."""
+    """Train on one seed and report the validation loss, first that of the untrained model."""
     params = DEFAULTS | run.params
     steps = round(params["steps"] * run.fraction)
     x, y, validation_x, validation_y = (part.to(run.device) for part in load())
@@ -43,15 +43,19 @@ def train(run) -> None:  # noqa: ANN001 - a normtune Run, or anything that looks
     optimizer = torch.optim.SGD(model.parameters(), lr=params["lr"], momentum=0.9)
     run.watch(optimizer)
 
+    def report(step: int) -> None:
+        with torch.no_grad():
+            run.report(cross_entropy(model(validation_x), validation_y).item(), step)
+
+    report(0)
     for step in range(1, steps + 1):
         batch = torch.randint(len(x), (BATCH,), generator=batches).to(run.device)
         loss = cross_entropy(model(x[batch]), y[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % max(1, steps // 8) == 0 or step == steps:
-            with torch.no_grad():
-                run.report(cross_entropy(model(validation_x), validation_y).item(), step)
+        if step % (steps // 8) == 0:
+            report(step)
 
 
 if __name__ == "__main__":

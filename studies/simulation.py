@@ -73,8 +73,9 @@ class World:
         ranges: dict[str, Any] = RANGES[self.ranges]
         median = 10 ** rng.uniform(-1.5, 1.5)
         spread = rng.uniform(0.3, 1.0)
-        norms = median * np.exp(spread * rng.standard_normal(400) + rng.uniform(-0.5, 0.5) *
-                                np.linspace(-1, 1, 400))
+        norms = median * np.exp(
+            spread * rng.standard_normal(400) + rng.uniform(-0.5, 0.5) * np.linspace(-1, 1, 400)
+        )
         p = {
             "median": float(np.median(norms)),
             "p90": float(np.percentile(norms, 90)),
@@ -361,8 +362,10 @@ def verdict_cells(ranges: str, worlds: int) -> dict[str, list[World]]:
     """Worlds by what is true of them."""
     n = worlds
     cells = {
-        kind: [World(HELPING[i % len(HELPING)], kind, i, ranges, current=i % 2 == 1)
-               for i in range(2 * n)]
+        kind: [
+            World(HELPING[i % len(HELPING)], kind, i, ranges, current=i % 2 == 1)
+            for i in range(2 * n)
+        ]
         for kind in RATE_KINDS
     }
     cells["nothing differs"] = [World("flat", "flat", i, ranges, stuck=0.0) for i in range(2 * n)]
@@ -444,16 +447,22 @@ def _se(share: float, n: int) -> float:
 
 def _print_search(row: dict[str, Any]) -> None:
     within = "  ".join(f"{k:>2}: {v:.2f}" for k, v in row["within"].items())
-    print(f"{row['strategy']:<22} {row['shape']:<20} {row['worlds']:>5}  {within}"
-          f"  +-{row['se']:.3f}  regret {row['regret']:.2f}", flush=True)
+    print(
+        f"{row['strategy']:<22} {row['shape']:<20} {row['worlds']:>5}  {within}"
+        f"  +-{row['se']:.3f}  regret {row['regret']:.2f}",
+        flush=True,
+    )
 
 
 def _print_verdict(row: dict[str, Any]) -> None:
     kinds = "  ".join(f"{k}: {v:.2f}" for k, v in row["kinds"].items() if k != "none")
-    print(f"{row['budget']:>3} {row['truth']:<34} {row['worlds']:>4}  {kinds}  "
-          f"runs {row['runs']} seeds {row['seeds']} within {row['within']:.2f}  "
-          f"S/N {row['vs_none']}  S/C {row['vs_best']} equal {row['equal_suggestions']} "
-          f"{row['equal_vs_best']}", flush=True)
+    print(
+        f"{row['budget']:>3} {row['truth']:<34} {row['worlds']:>4}  {kinds}  "
+        f"runs {row['runs']} seeds {row['seeds']} within {row['within']:.2f}  "
+        f"S/N {row['vs_none']}  S/C {row['vs_best']} equal {row['equal_suggestions']} "
+        f"{row['equal_vs_best']}",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ def read(data: Bytes, asked: Asked) -> Reading:
     table: _Table | None = None
     delimiter = looks_like_csv(data.start()) or ","
     for lines in data.lines():
+        if table is not None and not data.unfinished and table.take_block(lines, delimiter):
+            continue
         for cells in _cells(lines, delimiter):
             if table is None:
                 if cells[0].startswith("#"):
@@ -146,6 +149,40 @@ class _Table:
         cut = len(cells) < self._width or short
         self.torn += cut
         return cut
+
+    def take_block(self, lines: Sequence[bytes], delimiter: str) -> bool:
+        """Take rows of plain numbers at once; False, and nothing taken, for any other block."""
+        mark, width, n = delimiter.encode(), self._width, len(lines)
+        text = mark.join(lines)
+        if b'"' in text or b"\0" in text or self.step is None:
+            return False
+        cells = text.split(mark)
+        if len(cells) != width * n or any(line.count(mark) != width - 1 for line in lines):
+            return False
+        try:
+            steps = self._block_steps(cells)
+            parsed = [
+                [(i, float(cell)) for i, cell in enumerate(cells[at::width]) if cell]
+                for at, _ in self.columns
+            ]
+        except (ValueError, OverflowError):
+            return False
+        if steps is None:
+            return False
+        for values, (_, column) in zip(parsed, self.columns, strict=True):
+            for i, value in values:
+                column.add(steps[i], value)
+        self._previous = [cell.decode(errors="replace") for cell in cells[-width:]]
+        return True
+
+    def _block_steps(self, cells: Sequence[bytes]) -> Sequence[int] | None:
+        """The steps of a block, None where they need the epoch to be told apart."""
+        steps = list(map(int, cells[self.step :: self._width]))
+        if self.epoch is None:
+            return steps
+        rising = all(map(operator.le, steps, steps[1:]))
+        epoch = number(cells[-self._width + self.epoch].decode(errors="replace"))
+        return steps if rising and epoch is not None and self._clock.passes(epoch, steps) else None
 
     def take(self, cells: Sequence[str]) -> None:
         if len(cells) < self._width and len(cells) <= max((i for i, _ in self.columns), default=0):

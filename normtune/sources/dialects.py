@@ -28,6 +28,7 @@ class Dialect:
         key: The key, where the line's own is too short to say what it is.
         context: Whether the step stands on a line before, as ``[step=12/100]``.
         many: Whether a line may tell several values.
+        whole: Finds step and value at once, where the step stands first; for many lines in a row.
     """
 
     family: Family
@@ -37,6 +38,7 @@ class Dialect:
     key: str = "grad_norm"
     context: bool = False
     many: bool = False
+    whole: re.Pattern[bytes] | None = None
 
 
 def _before(name: str, value: Value) -> Family:
@@ -53,7 +55,15 @@ def _line(
 ) -> Dialect:
     pattern = re.compile(value + TEXT)
     steps = re.compile(step) if step else None
-    return Dialect(family, needs, pattern, steps, key, context, many=not key)
+    whole = _whole(step, pattern) if step and key and step.count(b"(\\d") != 2 else None
+    return Dialect(family, needs, pattern, steps, key, context, not key, whole)
+
+
+def _whole(step: bytes, value: re.Pattern[bytes]) -> re.Pattern[bytes] | None:
+    """Step and value in one pattern; a step that must begin its line stays with single lines."""
+    if b"|" in step or step.startswith(b"^"):
+        return None
+    return re.compile(step + rb"[^\n]*?" + value.pattern)
 
 
 # The first that fits a line wins.
@@ -195,7 +205,7 @@ DIALECTS = (
     Dialect(
         HF,
         (b"grad_norm': ",),
-        re.compile(rb"grad_norm': " + TEXT),
+        re.compile(rb"grad_norm(?<=['/]grad_norm)': " + TEXT),
         many=True,
     ),
     _line(
@@ -252,10 +262,6 @@ def by_key(key: str) -> re.Pattern[bytes]:
 def learned(key: str, name: bytes, word: bytes) -> Dialect:
     """The dialect of a log of nobody's framework: its name for the norm and its word for steps."""
     literal, word_literal = re.escape(name), re.escape(word)
-    return Dialect(
-        UNKNOWN,
-        (name, word),
-        re.compile(literal + rb"(?<![\w./@-]" + literal + rb")" + _GAP + TEXT),
-        re.compile(word_literal + rb"(?<![A-Za-z_/]" + word_literal + rb")" + _COUNT),
-        key,
-    )
+    value = re.compile(literal + rb"(?<![\w./@-]" + literal + rb")" + _GAP + TEXT)
+    step = word_literal + rb"(?<![A-Za-z_/]" + word_literal + rb")" + _COUNT
+    return Dialect(UNKNOWN, (name, word), value, re.compile(step), key, whole=_whole(step, value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from normtune.sources.families import family
@@ -41,6 +41,13 @@ class EpochClock:
         self._epoch, self._last = epoch, it
         return self._offset + it
 
+    def passes(self, epoch: float, rising: Sequence[int]) -> bool:
+        """Whether these rising steps go on from the last one as they are, up to `epoch`."""
+        if self._offset or rising[0] < self._last or epoch < self._epoch:
+            return False
+        self._epoch, self._last = epoch, rising[-1]
+        return True
+
 
 class Rows:
     """Takes rows one after another.
@@ -54,19 +61,42 @@ class Rows:
         self.beside: set[str] = set()
         self._asked = asked
         self._ignored: set[str] = set()
+        self._shapes: dict[tuple[str, ...], tuple[bool, list[str]]] = {}
         self._step_key = ""
         self._clock = EpochClock()
 
     def take(self, row: Mapping[str, Any]) -> None:
         """Sort one row into the columns."""
-        if any(type(value) is dict for value in row.values()):
+        names = tuple(row)
+        shape = self._shapes.get(names)
+        if shape is None:
+            shape = self._shape(names, row)
+        nested, found = shape
+        if nested:
             row = dict(_flat(row))
-        found = [key for key in row if key not in self._ignored and self._known(key)]
+            found = [key for key in row if key not in self._ignored and self._known(key)]
         if not found:
             return
         step = self._step(row)
         for key in found:
-            self._add(self.columns[key], step, row[key])
+            cell = row.get(key)
+            if type(cell) is float:
+                self.columns[key].add(step, cell)
+            else:
+                self._add(self.columns[key], step, cell)
+
+    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Sort rows into the columns."""
+        for row in rows:
+            self.take(row)
+
+    def _shape(self, names: tuple[str, ...], row: Mapping[str, Any]) -> tuple[bool, list[str]]:
+        """Whether rows of these names hold rows themselves, and their gradient norms."""
+        nested = any(isinstance(value, dict) for value in row.values())
+        found = [] if nested else [key for key in row if self._known(key)]
+        if len(self._shapes) < MOST_NAMES and not nested:
+            self._shapes[names] = (nested, found)
+        return nested, found
 
     def name(self) -> None:
         """Give every column the framework that the names beside it tell."""
@@ -87,18 +117,20 @@ class Rows:
         return True
 
     def _add(self, column: Column, step: int | None, cell: object) -> None:
-        value = cell if type(cell) is float else number(cell)
+        value = number(cell)
         if value is not None:
             column.add(step, value)
         elif not is_blank(cell):
             column.refuse(cell)
 
     def _step(self, row: Mapping[str, Any]) -> int | None:
-        step = whole(row.get(self._step_key)) if self._step_key else None
+        step = row.get(self._step_key) if self._step_key else None
+        if type(step) is not int:
+            step = whole(step) if step is not None else None
         if step is None:
             step = self._first_step(row)
         epoch = row.get("epoch")
-        if step is None or type(epoch) not in (int, float):
+        if epoch is None or step is None or type(epoch) not in (int, float):
             return step
         return self._clock.step(epoch, step)  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from array import array
 from collections.abc import Iterator
 
 from normtune.sources.clipping import in_text
@@ -17,7 +18,8 @@ from normtune.sources.dialects import (
     EPOCH,
     Dialect,
     by_key,
-)  # fmt: skip
+    learned,
+)
 from normtune.sources.families import HF, UNKNOWN
 from normtune.sources.json_logs import flat_objects
 from normtune.sources.keys import Role, role
@@ -26,12 +28,13 @@ from normtune.sources.rows import EpochClock, Rows
 from normtune.sources.streams import Bytes
 from normtune.sources.tables import Asked, Column, Reading
 
+ENOUGH = 20  # lines that are worth to be read at once
 LONGEST = 1 << 16  # bytes of a line that are searched
 MOST_COLUMNS = 500
 _PLACES = {id(dialect): i for i, dialect in enumerate(DIALECTS)}
 _OTHER = len(DIALECTS)
 _COLOUR = re.compile(rb"\x1b\[[0-9;:?]{0,30}[A-Za-z]")
-_RANK = re.compile(rb"\[?(?:rank|default|)(\d{1,5})\]?: ?")
+_RANK = re.compile(rb"((?:\[(?:rank|default)|)\d{1,4})\]?: ?(?![\d:])")
 _PRETTY = re.compile(rb"\s{0,200}[\"'][^\"']{0,200}[\"']\s{0,4}:\s{0,4}[^{}]{0,60}$")
 
 
@@ -88,12 +91,22 @@ class _Lines:
         self._own_hint = asked.key.lower().encode() if asked.key else b"\0"
 
     def take(self, lines: list[bytes], *, unfinished: bool) -> None:
+        hinted = [line for line in lines if b"norm" in line or b"grad" in line]
+        if len(hinted) > ENOUGH and not unfinished and self._at_once(hinted):
+            for line in lines:
+                if b"clip" in line:
+                    self._note_clip(line)
+            return
         own = self._own_hint if self._own else None
         for line in lines:
             if (
-                b"norm" in line or b"Norm" in line or b"grad" in line or b"grdn" in line
-                or b"NORM" in line or (own and own in line.lower())
-            ):  # fmt: skip
+                b"norm" in line
+                or b"grad" in line
+                or b"Norm" in line
+                or b"grdn" in line
+                or b"NORM" in line
+                or (own and own in line.lower())
+            ):
                 self._line(line[:LONGEST] if len(line) > LONGEST else line, unfinished=unfinished)
             elif b"[step=" in line or b"[batch=" in line:
                 self._note_step(line)
@@ -101,6 +114,38 @@ class _Lines:
                 self._note_clip(line)
             elif b"'loss': " in line:
                 self.hugging_face = True
+
+    def _at_once(self, lines: list[bytes]) -> bool:
+        """Take lines that all speak the dialect of the line before; else False, and none taken."""
+        dialect = self._dialect
+        if dialect is None or dialect.whole is None or self._own is not None:
+            return False
+        column = self._columns.get((_PLACES.get(id(dialect), _OTHER), dialect.key))
+        if column is None or not self._is_one_rank(lines):
+            return False
+        text = b"\n".join(lines)
+        if b"\x1b" in text:
+            text = _COLOUR.sub(b"", text)
+        found = dialect.whole.findall(text)
+        if len(found) != len(lines):
+            return False
+        try:
+            values = array("d", [float(groups[-1]) for groups in found])
+            if len(found[0]) == 2:
+                steps = array("q", [int(groups[0]) for groups in found])
+            else:
+                steps = array("q", [int(e) * int(n) + int(i) for e, i, n, _ in found])
+        except (ValueError, OverflowError):
+            return False
+        column.steps.extend(steps)
+        column.values.extend(values)
+        self._width = len(found[-1][-1])
+        return True
+
+    def _is_one_rank(self, lines: list[bytes]) -> bool:
+        if _RANK.match(lines[0]) or self._rank is not None:
+            return all((m := _RANK.match(line)) and m[1] == self._rank for line in lines)
+        return not any(line.startswith((b"[rank", b"[default")) for line in lines)
 
     def columns(self) -> dict[str, Column]:
         """The columns by key; of dialects that tell the same key the one with most values."""
@@ -164,7 +209,7 @@ class _Lines:
             for match in dialect.value.finditer(line)
         ]
         if dialect.family is HF:
-            self._note_epoch(line)
+            self._note_epoch(line, self._columns.get((_PLACES[id(dialect)], dialect.key)))
         return any(values)
 
     def _value(
@@ -285,10 +330,9 @@ class _Lines:
             if not math.isnan(stated):
                 self._reading.max_norm, self._reading.stated = stated, "the log itself"
 
-    def _note_epoch(self, line: bytes) -> None:
+    def _note_epoch(self, line: bytes, column: Column | None) -> None:
         """A log without steps tells a new run by its epoch, which falls back to the start."""
         found = EPOCH.search(line)
-        column = self._columns.get((_PLACES[id(self._dialect)], "grad_norm"))
         if found is None or column is None:
             return
         epoch = float(found[1])

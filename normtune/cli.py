@@ -1,0 +1,340 @@
+"""The command line: each command parses, makes one call, and prints."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from normtune import __version__
+from normtune.errors import NormtuneError
+
+if TYPE_CHECKING:
+    from normtune.records import NormRecord
+    from normtune.search import Progress
+    from normtune.sources import FoundSeries
+    from normtune.suggestion import Suggestion
+
+P = ParamSpec("P")
+
+REFUSED, WRONG_USE, INTERRUPTED = 1, 2, 130
+WIDEST = 120
+LONG_BYTES = 64 << 20  # files above this get a progress bar
+
+app = typer.Typer(
+    name="normtune",
+    help="Find the max_norm for clip_grad_norm_ from your own training, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point of the ``normtune`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 still gets its line
+    app()
+
+
+def _one_line(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what normtune refuses into one line and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except NormtuneError as error:
+            _fail(error, REFUSED)
+        except ValueError as error:
+            _fail(error, WRONG_USE)
+        except KeyboardInterrupt:
+            _fail("interrupted; what is done is kept", INTERRUPTED)
+
+    return wrapped
+
+
+def _fail(error: object, code: int) -> None:
+    from normtune.format import clean
+
+    print(f"normtune: {clean(error)}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001  typer's callback
+    if wanted:
+        print(f"normtune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def normtune(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Find the max_norm for clip_grad_norm_ from your own training, and prove it."""
+
+
+# --- suggest -----------------------------------------------------------------------------------
+
+
+@app.command()
+@_one_line
+def suggest(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A record, a log (trainer_state.json, metrics.csv, train.log, TensorBoard, ...), "
+            "a folder of them, or - for standard input."
+        ),
+    ],
+    *,
+    rule: Annotated[str, typer.Option(help="p1 to p99, median_multiple:2, or pascanu:5.")] = "p90",
+    skip: Annotated[
+        str, typer.Option(help='Leave out a burn-in: a number of steps, or "10 %".')
+    ] = "0",
+    current: Annotated[
+        float | None, typer.Option(help="The max_norm that you use today; it becomes a row.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="The key, column or tag that holds the norm.")
+    ] = None,
+    series: Annotated[
+        str | None, typer.Option(help="Which set of parameters of a normtune record.")
+    ] = None,
+    attempt: Annotated[
+        int | None, typer.Option(help="Which run of a file that holds several; -1 is the last.")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="The optimizer, where the log does not say: SGD, AdamW ...")
+    ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the norm-like series in SOURCE and stop.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the norms to this file (.png, .svg, .pdf).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Suggest a max_norm from the gradient norms of a run; only reads."""
+    if list_:
+        _print_list(source, as_json=as_json)
+        return
+    from normtune.suggestion import suggest as suggest_from
+
+    record = _read(source, key=key, series=series, attempt=attempt)
+    suggestion = suggest_from(
+        record, rule=rule, skip=_skip(skip), current=current, optimizer=optimizer
+    )
+    if plot is not None:
+        _draw(suggestion, plot)
+    _print_suggestion(suggestion, record, as_json=as_json)
+
+
+def _read(source: str, **options: Any) -> NormRecord:
+    from normtune import sources
+
+    if source == "-":
+        return sources.read(sys.stdin.buffer, **options)
+    with _reading_bar(Path(source)) as progress:
+        return sources.read(source, progress=progress, **options)
+
+
+def _skip(text: str) -> int | str:
+    return int(text) if text.strip().isdecimal() else text
+
+
+def _print_suggestion(suggestion: Suggestion, record: NormRecord, *, as_json: bool) -> None:
+    from normtune import sources
+    from normtune.format import clean, format_suggestion
+
+    if as_json:
+        print(_json(suggestion.to_dict()))
+        return
+    if record.origin.kind != "normtune record":
+        print(f"took {clean(sources.describe(record))}")
+    print(format_suggestion(suggestion, width=_width()))
+
+
+def _print_list(source: str, *, as_json: bool) -> None:
+    from normtune import sources
+
+    found = sources.list_series(sys.stdin.buffer if source == "-" else source)
+    if as_json:
+        from dataclasses import asdict
+
+        print(_json([asdict(series) for series in found]))
+        return
+    if not found:
+        print(f"no gradient norms found in {source}")
+    for series in found:
+        print(_listed(series))
+
+
+def _listed(series: FoundSeries) -> str:
+    from normtune.format import clean, count, number
+
+    steps = "no steps"
+    if series.first_step is not None:
+        steps = f"steps {series.first_step} to {series.last_step}"
+    side = {"before": "pre-clip", "after": "post-clip", "unknown": "clip side not known"}
+    parts = [
+        f"{clean(series.key):<40} {count(series.points, 'point'):>15}",
+        f"{number(series.lowest)} to {number(series.highest)}",
+        steps,
+        side[series.clip_side],
+        clean(series.path),
+    ]
+    return "  ".join(parts if series.whole else [*parts, "(a part of the parameters)"])
+
+
+def _draw(suggestion: Suggestion, file: Path) -> None:
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        message = "--plot needs matplotlib; install it with: pip install 'normtune[plot]'"
+        raise NormtuneError(message) from None
+    mpl.use("agg")
+    axes = suggestion.plot()
+    first = axes[0] if isinstance(axes, tuple) else axes
+    try:
+        first.figure.savefig(file)  # type: ignore[union-attr]
+    except (OSError, ValueError) as error:
+        message = f"cannot draw to {file}: {error}"
+        raise NormtuneError(message) from None
+
+
+# --- record ------------------------------------------------------------------------------------
+
+
+@app.command()
+@_one_line
+def record(
+    study: Annotated[Path, typer.Argument(help="A study file (YAML); its warm-up is run.")],
+    *,
+    output: Annotated[
+        Path | None, typer.Option(help="The record file; <study>.norms.jsonl beside it without.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run the unclipped warm-up of a study, record its norms, and suggest a max_norm."""
+    from normtune.search import record_study
+
+    done = record_study(study, output=output)
+    if not as_json:
+        print(f"recorded {len(done.record)} unclipped norms to {done.path}")
+    _print_suggestion(done.suggestion, done.record, as_json=as_json)
+
+
+# --- search ------------------------------------------------------------------------------------
+
+
+@app.command()
+@_one_line
+def search(
+    study: Annotated[Path, typer.Argument(help="A study file (YAML).")],
+    *,
+    max_runs: Annotated[
+        int | None, typer.Option(help="How many trainings may run in all, instead of the file's.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="How many run at a time, instead of the file's.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            envvar="NORMTUNE_STORAGE",
+            show_envvar=True,
+            help="An Optuna storage URL; a SQLite file beside the study file without.",
+        ),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what would run, how long it takes, and stop.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask before the first run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check the suggestion on validation loss: runs the study's trainings, ends with a verdict.
+
+    A second start resumes. Ctrl-C keeps what is done.
+    """
+    from normtune.search import plan_of
+    from normtune.search import search as run_search
+
+    if plan:
+        print(plan_of(study, max_runs=max_runs, storage=storage))
+        return
+    if not yes and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+        print(plan_of(study, max_runs=max_runs, storage=storage))
+        typer.confirm("Start?", default=True, abort=True)
+    with _search_progress(quiet=as_json) as progress:
+        result = run_search(study, max_runs=max_runs, jobs=jobs, storage=storage, progress=progress)
+    print(_json(result.to_dict()) if as_json else result)
+
+
+# --- progress ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _reading_bar(path: Path) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for large files on a terminal; nothing else has one."""
+    large = path.is_file() and path.stat().st_size > LONG_BYTES
+    if not (large and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"reading {path.name}", total=None)
+        yield lambda read, size: bar.update(task, completed=read, total=size)
+
+
+@contextlib.contextmanager
+def _search_progress(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, one line an event elsewhere."""
+    if quiet:
+        yield lambda _: None
+        return
+    if not sys.stderr.isatty():
+        yield lambda event: print(f"[{event.done}/{event.total}] {event.text}", flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    text = TextColumn("{task.description}", markup=False)
+    with Bar(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(event: Progress) -> None:
+            bar.update(task, completed=event.done, total=event.total)
+            if event.kind == "started":
+                bar.update(task, description=event.text)
+            else:
+                bar.console.print(event.text)
+
+        yield show
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False, default=str)
