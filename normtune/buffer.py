@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,19 +53,26 @@ class Buffer:
         self, store: FileStore | MemoryStore, names: dict[int, str], norm_type: float
     ) -> None:
         self.counts: dict[str, int] = {}
+        self.start = 0  # where a series begins that is new in an attempt that continues another
         self._names = names
         self._norm_type = norm_type
+        self._waiting: list[Pending] = []
         self.restart(store)
+        _BUFFERS.add(self)
 
     def restart(self, store: FileStore | MemoryStore) -> None:
-        """Begin another attempt: what waited is dropped, steps count on."""
+        """Begin another attempt, in another store; steps count on."""
         self.store = store
-        self._waiting: list[Pending] = []
+        self._pid = os.getpid()
         self._declared: set[str] = set()
         self._default = ""
-        self._written: dict[str, float] = {}
+        self._written: dict[tuple[str, str], float] = {}
         self._told: dict[tuple[str, str], int] = {}
         self._imposed = False
+
+    def drop(self) -> None:
+        """Forget what waits."""
+        self._waiting.clear()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -71,24 +80,29 @@ class Buffer:
     @property
     def n_steps(self) -> int:
         """How many steps were seen, of the series with most of them."""
-        return max(self.counts.values(), default=0)
+        return max(self.counts.values(), default=self.start)
 
     def keep(
         self, measured: Measured, *, max_norm: float, lr: float, belted: bool, imposed: bool
     ) -> None:
         """Take one step; its values may still be on the device."""
         name = measured.series.name
-        step = self.counts[name] = self.counts.get(name, 0) + 1
+        step = self.counts[name] = self.counts.get(name, self.start) + 1
         self._waiting.append(Pending(measured, step, max_norm, lr, belted, imposed))
 
     def flush(self) -> None:
         """Read the waiting values in one go and hand the rows to the store."""
         pending, self._waiting = self._waiting, []
-        if pending:
-            self._write(pending, _values(pending))
+        if not pending:
+            return
+        if self._pid != os.getpid():  # a forked child that trains has a store of its own
+            self.restart(self.store.branch())
+        self._write(pending, _values(pending))
 
     def tell(self, findings: dict[tuple[str, str], Finding], *, last: bool) -> None:
         """Hand findings to the store, each when it is new, when it is sure, and at the end."""
+        if self._pid != os.getpid():
+            return  # the store is the parent's
         for key, finding in findings.items():
             told = self._told.get(key, 0)
             sure = told < SURE_AFTER <= finding.count
@@ -121,8 +135,8 @@ class Buffer:
             ("lr", item.lr),
             ("asked", item.measured.asked if item.measured.asked is not None else math.nan),
         ):
-            if not math.isnan(number) and changed.get(f"{name} {key}") != number:
-                changed[f"{name} {key}"] = number
+            if number == number and changed.get((name, key)) != number:  # noqa: PLR0124  not nan
+                changed[(name, key)] = number
                 extra[key] = number
         if item.imposed != self._imposed:
             self._imposed = extra["imposed"] = item.imposed
@@ -157,12 +171,26 @@ class Buffer:
         return {name: float(f"{np.linalg.norm(part, ord=p):.6g}") for name, part in parts.items()}
 
 
+_BUFFERS: weakref.WeakSet[Buffer] = weakref.WeakSet()
+
+
+def _drop_in_child() -> None:
+    """What waits at a fork is the parent's to write."""
+    for buffer in _BUFFERS:
+        buffer.drop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_in_child)
+
+
 def _values(pending: Sequence[Pending]) -> list[_Value]:
     """Bring the waiting values to the host: one read per device, none for the CPU."""
     tensors: list[Tensor] = []
     for item in pending:
         m = item.measured
-        tensors.append(m.norm)
+        if isinstance(m.norm, Tensor):
+            tensors.append(m.norm)
         if isinstance(m.skipped, Tensor):
             tensors.append(m.skipped)
         if m.each is not None:
@@ -171,7 +199,7 @@ def _values(pending: Sequence[Pending]) -> list[_Value]:
     values = []
     for item in pending:
         m = item.measured
-        norm = next(numbers)[0]
+        norm = next(numbers)[0] if isinstance(m.norm, Tensor) else m.norm
         skipped = bool(next(numbers)[0]) if isinstance(m.skipped, Tensor) else m.skipped
         each = next(numbers) if m.each is not None else None
         values.append(_Value(norm, skipped, each))
@@ -184,6 +212,10 @@ def _to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     for i, tensor in enumerate(tensors):
         by_device.setdefault(tensor.device, []).append(i)
     for device, where in by_device.items():
+        if device.type == "cpu":  # nothing to wait for
+            for i in where:
+                found[i] = tensors[i].reshape(-1).tolist()
+            continue
         wide = torch.float32 if device.type == "mps" else torch.float64
         flat = torch.cat([tensors[i].detach().reshape(-1).to(wide) for i in where]).tolist()
         start = 0

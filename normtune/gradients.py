@@ -46,13 +46,18 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
 def is_plain(grads: Sequence[Tensor]) -> bool:
     """Whether all gradients are dense, of one device and one floating dtype, and no subclass."""
     first = grads[0]
-    device, dtype, layout = first.device, first.dtype, torch.strided
+    device, dtype, strided = first.device, first.dtype, torch.strided
     if not dtype.is_floating_point:
         return False
-    return all(
-        type(g) in PLAIN and g.dtype == dtype and g.device == device and g.layout == layout
-        for g in grads
-    )
+    for g in grads:  # a plain loop: this runs at every step
+        if (
+            type(g) not in PLAIN
+            or g.dtype is not dtype
+            or g.layout is not strided
+            or g.device != device
+        ):
+            return False
+    return True
 
 
 @torch.no_grad()
@@ -67,11 +72,15 @@ def norms_of_each(grads: Sequence[Tensor], norm_type: float = 2.0) -> list[Tenso
     if not grads:
         return []
     if is_plain(grads):
-        wide = _WIDE.get(grads[0].dtype)
-        if wide is None:
-            return list(torch._foreach_norm(list(grads), norm_type))
-        return list(torch._foreach_norm(list(grads), norm_type, dtype=wide))
+        return _plain_norms(grads, norm_type)
     return [_norm_of_one(g, norm_type) for g in grads]
+
+
+def _plain_norms(grads: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+    wide = _WIDE.get(grads[0].dtype)
+    if wide is None:
+        return list(torch._foreach_norm(list(grads), norm_type))
+    return list(torch._foreach_norm(list(grads), norm_type, dtype=wide))
 
 
 def _norm_of_one(grad: Tensor, norm_type: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -106,7 +115,7 @@ def combined(norms: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
 
 
 def _vector_norm(norms: Sequence[Tensor], norm_type: float) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)), norm_type)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)  # type: ignore[arg-type]
     return norm
 
 
@@ -127,10 +136,11 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     if not grads:
         return torch.tensor(0.0)
-    plain = is_plain(grads)
-    norms = norms_of_each(grads, norm_type)
-    total = _vector_norm(norms, norm_type) if plain else combined(norms, norm_type)
-    if total.device.type == "cpu":
+    if is_plain(grads):
+        total = _vector_norm(_plain_norms(grads, norm_type), norm_type)
+    else:
+        total = combined([_norm_of_one(g, norm_type) for g in grads], norm_type)
+    if total.is_cpu:
         return rescued(total, grads, norm_type)
     return total
 
@@ -138,7 +148,7 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
 def rescued(total: Tensor, grads: Sequence[Tensor], norm_type: float) -> Tensor:
     """`total`, taken again in fp64 where fp32 gave inf or 0 for what it cannot square."""
     value = total.item()
-    if math.isnan(value) or (math.isfinite(value) and value > 0.0) or total.dtype == torch.float64:
+    if 0.0 < value < math.inf or math.isnan(value) or total.dtype == torch.float64:
         return total
     norms = [_norm_of_one(_at_least_64(g), norm_type) for g in grads]
     return _vector_norm(norms, norm_type)
@@ -148,15 +158,31 @@ def _at_least_64(grad: Tensor) -> Tensor:
     return grad.to(torch.complex128 if grad.is_complex() else torch.float64)
 
 
-@torch.no_grad()
+def on_host(norm: Tensor) -> Tensor | float:
+    """The number itself where that costs no waiting; a norm on a device stays there."""
+    return norm.item() if norm.is_cpu else norm
+
+
 def torch_total_norm(
     grads: Sequence[Tensor],
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,  # noqa: FBT001, FBT002  torch's own signature
     foreach: bool | None = None,  # noqa: FBT001  torch's own signature
+    *,
+    plain: bool = False,
 ) -> Tensor:
-    """What `torch.nn.utils.get_total_norm` returns, bit for bit, by a shorter way where one is."""
-    if grads and not error_if_nonfinite and foreach is not False and is_plain(grads):
+    """What `torch.nn.utils.get_total_norm` returns, bit for bit, by a shorter way where one is.
+
+    Called where gradients are off, like `clip_`: another no_grad would be felt in small models.
+
+    Args:
+        grads: The gradients.
+        norm_type: The p of the norm.
+        error_if_nonfinite: As in torch.
+        foreach: As in torch.
+        plain: What `is_plain` says of them, and foreach is not False.
+    """
+    if plain and not error_if_nonfinite:
         p = float(norm_type)
         return _vector_norm(torch._foreach_norm(list(grads), p), p)
     total: Tensor = clip_grad._get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
@@ -175,7 +201,6 @@ def scale_each(grads: Sequence[Tensor], factor: Tensor) -> None:
         grad.mul_(factor.to(grad.device))
 
 
-@torch.no_grad()
 def clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> bool | None:
     """Scale dense gradients of one device and dtype in place, as torch's clip does, bit for bit.
 
@@ -185,14 +210,13 @@ def clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> bool | None
     Returns:
         Whether the gradients were scaled; None where only the device knows.
     """
-    factor = None
-    if norm.device.type == "cpu":
+    on_cpu = norm.is_cpu
+    if on_cpu:
         value = norm.item()
         if math.isfinite(value) and value + EPSILON <= max_norm * (1 - EPSILON):
             return False
-        factor = coefficient(max_norm, norm)
-        if factor.item() >= 1.0:
-            return False
-    factor = coefficient(max_norm, norm) if factor is None else factor
-    torch._foreach_mul_(list(grads), factor.to(grads[0].device))
-    return True if norm.device.type == "cpu" else None
+    factor = coefficient(max_norm, norm)
+    if on_cpu and factor.item() >= 1.0:
+        return False
+    torch._foreach_mul_(list(grads), factor if on_cpu else factor.to(grads[0].device))
+    return True if on_cpu else None

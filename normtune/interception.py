@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +85,9 @@ class Listener(Protocol):
     def step_ends(self, optimizer: Any) -> None:
         """The outermost step has ended."""
 
+    def step_failed(self, optimizer: Any) -> None:
+        """The step raised; told only for optimizers given to `tell_failures`."""
+
     def unscaled(self, optimizer: Any, scale: Tensor) -> None:
         """A GradScaler divided the gradients by its scale."""
 
@@ -109,26 +112,18 @@ COMPILED = _Compiled()
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.steps: list[weakref.ref[Any]] = []
-        self.call: _NormCall | None = None
-        self.closures: list[Any] = []
-
-
-@dataclass
-class _NormCall:
-    """The `clip_grad_norm_` call inside which `_clip_grads_with_norm_` runs."""
-
-    parameters: list[Tensor]
-    norm_type: float
-    site: str
+        self.steps: list[list[Any]] = []  # the listeners of each step that runs, outermost first
 
 
 _local = _Local()
 _lock = threading.Lock()
 _owners: dict[int, tuple[weakref.ref[Tensor], list[weakref.ref[Any]]]] = {}
 _listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+_known_sets: dict[tuple[int, ...], tuple[weakref.ref[Any], ...]] = {}
 _installed = False
 _original: dict[str, Callable[..., Any]] = {}
+
+MOST_KNOWN_SETS = 10_000  # a loop that clips ever new lists of tensors must not fill the memory
 
 
 def listen(listener: Listener, parameters: Iterable[Tensor]) -> None:
@@ -146,14 +141,18 @@ def listen(listener: Listener, parameters: Iterable[Tensor]) -> None:
                 known = _owners[id(parameter)] = (weakref.ref(parameter, forget), [])
             if all(other() is not listener for other in known[1]):
                 known[1].append(reference)
+        _known_sets.clear()
 
 
 def unlisten(listener: Listener) -> None:
     """Stop telling `listener`."""
     with _lock:
         _listeners.discard(listener)
-        for _, references in _owners.values():
+        for key, (_, references) in list(_owners.items()):
             references[:] = [r for r in references if r() not in (None, listener)]
+            if not references:
+                _owners.pop(key, None)
+        _known_sets.clear()
     if not _listeners:
         COMPILED.total_norm, COMPILED.watched = None, False
 
@@ -167,36 +166,55 @@ def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
     known = _owners.get(key)
     if known is not None and known[0] is gone:
         _owners.pop(key, None)
+        _known_sets.clear()
 
 
 def _listeners_to(parameters: Sequence[Tensor]) -> list[Any]:
-    """The listeners to the first, middle or last parameter that has any."""
+    """The listeners to any of the parameters, the eldest first."""
     n = len(parameters)
-    found: list[Any] = []
-    for i in {0, n // 2, n - 1} if n else ():
-        known = _owners.get(id(parameters[i]))
-        if known is not None and known[0]() is parameters[i]:
-            for reference in known[1]:
-                listener = reference()
-                if listener is not None and listener not in found:
-                    found.append(listener)
-    return found
+    if n == 0:
+        return []
+    # Walking a thousand parameters at every step would be felt, so a set is known by four numbers.
+    key = (n, id(parameters[0]), id(parameters[n >> 1]), id(parameters[-1]))
+    references = _known_sets.get(key)
+    if references is None:
+        if len(_known_sets) >= MOST_KNOWN_SETS:
+            _known_sets.clear()
+        references = _known_sets[key] = _look_up(parameters)
+    return [listener for r in references if (listener := r()) is not None]
+
+
+def _look_up(parameters: Sequence[Tensor]) -> tuple[weakref.ref[Any], ...]:
+    found: dict[int, weakref.ref[Any]] = {}
+    for parameter in parameters:
+        known = _owners.get(id(parameter))
+        if known is not None and known[0]() is parameter:
+            found |= {id(r()): r for r in known[1]}
+    return tuple(found.values())
 
 
 # --- where a call stands -----------------------------------------------------------------------
 
 _sites: dict[tuple[str, int], str] = {}
+_inner: dict[CodeType, bool] = {}
 
 
 def call_site() -> str:
     """``file:line`` of the innermost frame that is neither torch's nor normtune's."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if not (file.startswith((_HERE, _TORCH, "<")) or file.endswith("contextlib.py")):
-            return _site_name(file, frame.f_lineno)
+        code = frame.f_code
+        ours = _inner.get(code)
+        if ours is None:
+            ours = _inner[code] = _is_inner(code.co_filename)
+        if not ours:
+            return _site_name(code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return "unknown"
+
+
+def _is_inner(file: str) -> bool:
+    return file.startswith((_HERE, _TORCH, "<")) or file.endswith("contextlib.py")
 
 
 def _site_name(file: str, line: int) -> str:
@@ -233,13 +251,15 @@ def spy_clip_grad_norm_(
     call = ClipCall(
         call_site(), "norm", as_list, grads, _as_float(max_norm), float(norm_type), None
     )
+    call.plain = bool(grads) and foreach is not False and gradients.is_plain(grads)
     try:
-        total_norm = gradients.torch_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+        total_norm = gradients.torch_total_norm(
+            grads, norm_type, error_if_nonfinite, foreach, plain=call.plain
+        )
     except RuntimeError:
         _tell_failed(listeners, call)
         raise
     call.total_norm = total_norm
-    call.plain = bool(grads) and foreach is not False and gradients.is_plain(grads)
     _clip(call, listeners, max_norm, foreach)
     return total_norm
 
@@ -320,6 +340,7 @@ def _clip(
     _tell_end(listeners, call)
 
 
+@torch.no_grad()
 def clip_now(
     parameters: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -330,22 +351,22 @@ def clip_now(
     scale: Tensor | None = None,
 ) -> None:
     """Clip as `torch.nn.utils.clip_grad_norm_` would, bit for bit, unseen by the spies."""
-    sparse = any(g.layout != torch.strided for g in grads)
-    if sparse:  # torch clips none, but a max_norm for such a training is a fair question
-        total = gradients.total_norm(grads, norm_type)
-    else:
-        total = gradients.torch_total_norm(grads, norm_type, False, foreach)
-    if scale is not None:
-        total = total / scale.to(total.device)
-    if sparse:
+    if any(g.layout != torch.strided for g in grads):
+        # torch clips no sparse ones, but a max_norm for such a training is a fair question
+        total = _unscaled(gradients.total_norm(grads, norm_type), scale)
         gradients.scale_each(grads, gradients.coefficient(max_norm, total))
         return
-    if foreach is not False and gradients.is_plain(grads):
+    plain = foreach is not False and gradients.is_plain(grads)
+    total = gradients.torch_total_norm(grads, norm_type, False, foreach, plain=plain)
+    total = _unscaled(total, scale)
+    if plain:
         gradients.clip_(grads, max_norm, total)
     else:
-        original = _original.get("_clip_grads_with_norm_", clip_grad._clip_grads_with_norm_)
-        with torch.no_grad():
-            original(list(parameters), max_norm, total, foreach)
+        _original["_clip_grads_with_norm_"](list(parameters), max_norm, total, foreach)
+
+
+def _unscaled(norm: Tensor, scale: Tensor | None) -> Tensor:
+    return norm if scale is None else norm / scale.to(norm.device)
 
 
 def _as_float(value: Any) -> float:
@@ -386,36 +407,36 @@ def _tell_nothing(site: str, asked: float) -> None:
 def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not _owners:
         return None
-    if _local.steps and _truly_nested():
-        _local.steps.append(weakref.ref(optimizer))
+    steps = _local.steps
+    if steps and _truly_nested():
+        steps.append([])
         return None
-    _local.steps[:] = [weakref.ref(optimizer)]
     listeners = _step_listeners(optimizer)
+    steps[:] = [listeners]
     if not listeners:
         COMPILED.total_norm = None  # of another model's clip call
         return None
     closure = _closure_of(args, kwargs)
-    if closure is None:
-        for listener in listeners:
-            listener.step_begins(optimizer, closure=False)
-        return None
     for listener in listeners:
-        listener.step_begins(optimizer, closure=True)
+        listener.step_begins(optimizer, closure=closure is not None)
+    if closure is None:
+        return None
     return _with_closure(args, kwargs, _watched(closure, optimizer, listeners))
 
 
 def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-    if not _local.steps:
+    steps = _local.steps
+    if not steps:
         return
-    _local.steps.pop()
-    if _local.steps:
+    listeners = steps.pop()
+    if steps:
         return
-    for listener in _step_listeners(optimizer):
+    for listener in listeners:
         listener.step_ends(optimizer)
 
 
 def inside_step() -> bool:
-    """Whether this thread is inside an optimizer's step."""
+    """Whether a step of this thread really runs, or only one that raised was seen to begin."""
     return bool(_local.steps) and _step_frames() > 0
 
 
@@ -438,12 +459,22 @@ def _step_frames() -> int:
 
 
 def _step_listeners(optimizer: Any) -> list[Any]:
-    found: list[Any] = []
-    for group in optimizer.param_groups:
-        for listener in _listeners_to(group["params"]):
-            if listener not in found:
-                found.append(listener)
-    return found
+    try:
+        groups = optimizer.param_groups
+        if len(groups) == 1:
+            found = _listeners_to(groups[0]["params"])
+        else:
+            sets = [_listeners_to(group["params"]) for group in groups]
+            found = list(dict.fromkeys(listener for some in sets for listener in some))
+    except (AttributeError, LookupError, TypeError):
+        return []  # an object that only looks like an optimizer, and is nobody's here
+    return found if len(found) < 2 else sorted(found, key=_strictness)
+
+
+def _strictness(listener: Any) -> int:
+    """Who clips comes last, so that all others measure before."""
+    limit = getattr(listener, "max_norm", None)
+    return 0 if limit is None else 1 if limit == float("inf") else 2
 
 
 def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -475,33 +506,63 @@ def _watched(closure: Any, optimizer: Any, listeners: list[Any]) -> Any:
 def watch_unhooked(optimizer: Any) -> None:
     """Make the steps of an object without torch's step hooks visible.
 
+    Its class is changed, once, and not the object: a copy or a pickle of it stays what it is.
+
     Raises:
         NormtuneError: If it has no ``step`` that can be wrapped.
     """
-    step = getattr(optimizer, "step", None)
-    hooked = isinstance(optimizer, torch.optim.Optimizer) and hasattr(
+    kind, step = type(optimizer), getattr(optimizer, "step", None)
+    initialized = isinstance(optimizer, torch.optim.Optimizer) and hasattr(
         optimizer, "_optimizer_step_pre_hooks"
     )
-    if (hooked and getattr(type(optimizer).step, "hooked", False)) or step is None:
+    if step is None or (initialized and getattr(kind.step, "hooked", False)):
         return
-    if getattr(step, "__name__", "") == "normtune_step":
+    if getattr(step, "visible_to_normtune", False):
+        return
+    own = getattr(optimizer, "__dict__", {}).get("step")
+    try:
+        if own is None and isinstance(getattr(kind, "step", None), FunctionType):
+            kind.step = _visible(kind.step)
+        else:
+            optimizer.step = MethodType(
+                _visible(lambda _, *args, **kw: step(*args, **kw)), optimizer
+            )
+    except (AttributeError, TypeError):
+        message = f"cannot watch the steps of {kind.__name__}: its step is read-only"
+        raise NormtuneError(message) from None
+
+
+def _visible(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def normtune_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        changed = _before_step(self, (self, *args), kwargs)
+        if changed is not None:
+            (_, *args), kwargs = changed
+        result = function(self, *args, **kwargs)
+        _after_step(self, (), {})
+        return result
+
+    normtune_step.visible_to_normtune = True  # type: ignore[attr-defined]
+    return normtune_step
+
+
+def tell_failures(optimizer: Any) -> None:
+    """Tell the listeners when a step of `optimizer` raises: torch's post-hook does not run then."""
+    step = optimizer.step
+    if getattr(step, "tells_failures", False):
         return
 
     @functools.wraps(step)
-    def normtune_step(*args: Any, **kwargs: Any) -> Any:
-        changed = _before_step(optimizer, (optimizer, *args), kwargs)
-        if changed is not None:
-            (_, *args), kwargs = changed
-        result = step(*args, **kwargs)
-        _after_step(optimizer, (), {})
-        return result
+    def guarded_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(*args, **kwargs)
+        except BaseException:
+            for listener in _step_listeners(self):
+                listener.step_failed(self)
+            raise
 
-    normtune_step.__name__ = "normtune_step"
-    try:
-        optimizer.step = normtune_step
-    except AttributeError:
-        message = f"cannot watch the steps of {type(optimizer).__name__}: its step is read-only"
-        raise NormtuneError(message) from None
+    guarded_step.tells_failures = True  # type: ignore[attr-defined]
+    optimizer.step = MethodType(guarded_step, optimizer)  # as torch's learning-rate schedulers do
 
 
 # --- GradScaler --------------------------------------------------------------------------------

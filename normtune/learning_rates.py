@@ -25,7 +25,7 @@ class ScaledRates:
 
     def __init__(self, optimizer: Any, factor: float) -> None:
         self._optimizer = optimizer
-        self._factor = factor
+        self._factor = float(factor)  # int x int may give the same object again
         self._kept: list[tuple[dict[str, Any], Any, Any]] = []
         for group in optimizer.param_groups:
             if not isinstance(group.get("lr"), int | float | Tensor):

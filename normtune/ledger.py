@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ class Ledger:
 
     def __init__(self, url: str, name: str, direction: str) -> None:
         self.url = url
-        with quiet(), _explained(url):
+        with quiet(), explained(url):
             self._study = _open(url, name, direction)
         self._worst = math.inf if direction == "minimize" else -math.inf
         known = self._study.user_attrs
@@ -153,11 +153,11 @@ class Ledger:
         facts = attributes | {"clip_share": 0.0, "kept": 1.0, "seconds": 0.0, "copied_from": source}
         return self._add(planned, facts, state=TrialState.COMPLETE, value=frozen.value)
 
-    def withdraw_copies(self) -> int:
-        """Take the free runs out of account, because runs turned out not to repeat; how many."""
-        copies = [number for number, trial in self.numbers().items() if trial.free]
-        self.keep("withdrawn", sorted({*self.fact("withdrawn", []), *copies}))
-        return len(copies)
+    def withdraw(self, numbers: Iterable[int]) -> None:
+        """Take trials out of account: to the planner they were never run."""
+        withdrawn = {*self.fact("withdrawn", []), *numbers}
+        if withdrawn:
+            self.keep("withdrawn", sorted(withdrawn))
 
     def running(self) -> dict[int, str]:
         """Runs that were begun and not ended: trial number -> folder."""
@@ -196,7 +196,7 @@ def exists(url: str, name: str) -> bool:
     file = re.fullmatch(r"sqlite:///([^?]+).*", url)
     if file and not Path(file[1]).exists():
         return False
-    with quiet(), _explained(url):
+    with quiet(), explained(url):
         return name in optuna.get_all_study_names(_storage(url))
 
 
@@ -220,15 +220,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(url: str) -> Iterator[None]:
+def explained(url: str) -> Iterator[None]:
     """Turn what a database driver says into one line, without the password."""
     import optuna
     import sqlalchemy
 
-    faults = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError)
     try:
         yield
-    except faults as error:
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
         cause = getattr(error, "orig", None) or error.__cause__ or error
         reason = str(cause).replace(url, masked(url)).strip().partition("\n")[0]
         message = f"cannot use the storage {masked(url)}: {reason}"
@@ -253,7 +252,12 @@ def _storage(url: str) -> optuna.storages.BaseStorage:
         return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
     # A server drops idle connections, and a run may take hours.
     options = {"pool_pre_ping": True, "pool_recycle": 1800}
-    return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    except ImportError as error:
+        driver = getattr(error.__cause__, "name", None) or "its driver"
+        message = f"the storage {masked(url)} needs a Python package: pip install {driver}"
+        raise StudyError(message) from None
 
 
 def _parameters(planned: Planned) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,8 +15,11 @@ from normtune import gradients
 from normtune.interception import ClipCall
 
 MANY_SETS = 8  # more parameter sets than this at one site: a loop that clips one by one
-MOST_PENDING = 256  # events that wait for a step; the oldest give way
-SENTINELS = 3
+MOST_PENDING = 64  # events that wait for a step; the oldest give way
+MOST_HOOKS = 24
+
+
+Norm = Tensor | float  # a tensor stays on its device; on the CPU the number is there already
 
 
 @dataclass(eq=False)
@@ -40,7 +43,7 @@ class Series:
     parameters: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sentinel:
     """One gradient that tells whether it was replaced or changed since it was looked at."""
 
@@ -58,7 +61,10 @@ class Sentinel:
     def replaced(self) -> bool:
         """Whether the parameter has another gradient tensor now, or none."""
         parameter = self.parameter()
-        return parameter is None or parameter.grad is None or parameter.grad is not self.grad()
+        if parameter is None:
+            return True
+        grad = parameter.grad
+        return grad is None or grad is not self.grad()
 
     def changed(self) -> bool:
         """Whether the gradient was written to since."""
@@ -67,9 +73,10 @@ class Sentinel:
 
 
 def _version(grad: Tensor) -> int:
-    local = getattr(grad, "_local_tensor", grad)  # a DTensor's own counter does not move
+    if type(grad) not in gradients.PLAIN:
+        grad = getattr(grad, "_local_tensor", grad)  # a DTensor's own counter does not move
     try:
-        return int(local._version)
+        return grad._version
     except RuntimeError:  # inference tensors count nothing
         return 0
 
@@ -79,7 +86,7 @@ class Event:
     """A clip call, or the end of a backward pass, that waits for its step."""
 
     series: Series
-    norm: Tensor
+    norm: Norm
     each: EachNorm | None
     kind: str
     asked: float
@@ -114,7 +121,7 @@ class Measured:
     """One norm of one step, on its way into the record."""
 
     series: Series
-    norm: Tensor
+    norm: Norm
     each: EachNorm | None = None
     asked: float | None = None
     skipped: Tensor | bool = False
@@ -128,11 +135,13 @@ class Step:
         rows: The norms to record.
         uncovered: Parameters with a gradient that no valid clip call was given.
         clipped: Whether some valid clip call acted on this step's gradients.
+        partly: Whether clip calls cover some of the parameters, but not all.
     """
 
     rows: list[Measured] = field(default_factory=list)
     uncovered: list[Tensor] = field(default_factory=list)
     clipped: bool = False
+    partly: bool = False
 
 
 class Report(Protocol):
@@ -143,34 +152,37 @@ class Report(Protocol):
 
 
 class Backwards:
-    """Counts backward passes by hooks on a few parameters."""
+    """Counts backward passes by hooks on the first and the last parameter."""
 
     def __init__(self) -> None:
         self.count = 0
         self.alive = False
-        self.changed_after: dict[int, Sentinel] = {}
+        self.after: dict[int, Sentinel] = {}
         self._task = -2
         self._handles: dict[int, Any] = {}
 
     def watch(self, parameters: Sequence[Tensor]) -> None:
-        """Hook the first, middle and last of `parameters` that can get a gradient."""
+        """Hook the first and the last of `parameters` that can get a gradient."""
         able = [p for p in parameters if p.requires_grad and p.is_leaf]
-        chosen = {i: able[i] for i in spread(len(able))}.values()
-        for parameter in chosen:
-            if id(parameter) not in self._handles and len(self._handles) < 8 * SENTINELS:
-                hook = _accumulated(weakref.ref(self))
-                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        for parameter in (able[0], able[-1]) if able else ():
+            if id(parameter) not in self._handles and len(self._handles) < MOST_HOOKS:
+                # `saw` belongs to this small object, which knows nothing of its recorder.
+                handle = parameter.register_post_accumulate_grad_hook(self.saw)  # type: ignore[no-untyped-call]
                 self._handles[id(parameter)] = handle
 
     def saw(self, parameter: Tensor) -> None:
         """Count the backward pass that has just reached `parameter`, once."""
-        self.alive = True
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
+            self.alive = True
             self.count += 1
         if parameter.grad is not None:
-            self.changed_after[id(parameter)] = Sentinel.of(parameter)
+            self.after[id(parameter)] = Sentinel.of(parameter)
+
+    def written_since(self) -> bool:
+        """Whether a watched gradient was written to or replaced since the last backward pass."""
+        return any(s.changed() or s.replaced() for s in self.after.values())
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -179,18 +191,9 @@ class Backwards:
         self._handles.clear()
 
 
-def _accumulated(counter: weakref.ref[Backwards]) -> Callable[[Tensor], None]:
-    def normtune_backward(parameter: Tensor) -> None:
-        backwards = counter()
-        if backwards is not None:
-            backwards.saw(parameter)
-
-    return normtune_backward
-
-
-def spread(n: int) -> list[int]:
+def spread(n: int) -> tuple[int, ...]:
     """First, middle and last of `n`, each once."""
-    return sorted({0, n // 2, n - 1}) if n else []
+    return (0, n >> 1, n - 1) if n >= 3 else tuple(range(n))
 
 
 class Pairing:
@@ -205,7 +208,7 @@ class Pairing:
     def __init__(self, report: Report, *, norm_type: float = 2.0, each: bool = False) -> None:
         self.backwards = Backwards()
         self.events: list[Event] = []
-        self.failed: tuple[ClipCall, int] | None = None
+        self.failed: tuple[Series, int] | None = None
         self._report = report
         self._norm_type = norm_type
         self._each = each
@@ -213,7 +216,7 @@ class Pairing:
         self._stepped: dict[int, int] = {}  # optimizer -> backward count at its last step
         self._owner: dict[int, int] = {}  # parameter -> the optimizer that steps it
         self._waiting: list[Measured] = []
-        self._sizes: dict[int, int] = {}
+        self._ids: dict[int, tuple[int, frozenset[int]]] = {}  # optimizer -> its parameters
         self._silent_steps = 0
         self._unscaled = False
         self.step_site = ""
@@ -239,22 +242,18 @@ class Pairing:
 
     def clip_ends(self, event: Event, call: ClipCall) -> None:
         """Remember how the call left the gradients."""
-        with_grad = [p for p in call.parameters if p.grad is not None]
+        with_grad = call.parameters
+        if len(call.grads) < len(with_grad):
+            with_grad = [p for p in with_grad if p.grad is not None]
         event.sentinels = [Sentinel.of(with_grad[i]) for i in spread(len(with_grad))]
 
     def _add(self, event: Event) -> None:
-        now = self.backwards.count
-        self.events = [
-            e for e in self.events if not (e.used and self.backwards.alive and e.backward < now)
-        ][-MOST_PENDING:]
-        event.repeats = any(
-            e.backward == now
-            and not e.used
-            and event.series.ids <= e.series.ids
-            and not e.replaced()
-            and self.backwards.alive
-            for e in self.events
-        )
+        if self.events:
+            now, alive = self.backwards.count, self.backwards.alive
+            self.events = [e for e in self.events if not (e.used and alive and e.backward < now)][
+                -MOST_PENDING:
+            ]
+            event.repeats = alive and any(_had_these(e, event, now) for e in self.events)
         self.events.append(event)
 
     def _misplaced(self, site: str) -> None:
@@ -323,43 +322,39 @@ class Pairing:
             parameters=sum(p.numel() for p in {id(p): p for p in call.parameters}.values()),
         )
 
-    def _norm_of_call(self, call: ClipCall, series: Series) -> tuple[Tensor, EachNorm | None]:
+    def _norm_of_call(self, call: ClipCall, series: Series) -> tuple[Norm, EachNorm | None]:
         given = call.total_norm
-        own = given is None or given.dtype in gradients.HALF or self._each or call.kind == "value"
-        if own and (call.kind != "given" or given is None):
-            norm, each = self.measure(
-                [p for p in call.parameters if p.grad is not None], series.norm_type
-            )
+        if given is None or (call.kind == "norm" and (self._each or given.dtype in gradients.HALF)):
+            with_grad = [p for p in call.parameters if p.grad is not None]
+            norm, each = self.measure(with_grad, series.norm_type)
             self._look_for_overflow(call, norm)
             return norm, each
-        assert given is not None  # noqa: S101  `own` covers the other case
-        norm = gradients.whole(given.detach())
-        if norm.device.type == "cpu" and call.kind == "norm":
-            value = norm.item()
-            if not 0.0 < value < math.inf:
-                norm = gradients.rescued(norm, call.grads, series.norm_type)
-        return norm.clone(), None
+        norm = gradients.on_host(gradients.whole(given.detach()))
+        if isinstance(norm, Tensor):
+            return norm.clone(), None  # the caller may write to its own
+        if call.kind == "norm" and not 0.0 < norm < math.inf:
+            norm = gradients.rescued(given, call.grads, series.norm_type).item()
+        return norm, None
 
-    def _look_for_overflow(self, call: ClipCall, norm: Tensor) -> None:
+    def _look_for_overflow(self, call: ClipCall, norm: Norm) -> None:
         """Half precision overflows above 65504; only the CPU can be asked without waiting."""
-        given = call.total_norm
-        if given is None or given.dtype not in gradients.HALF or given.device.type != "cpu":
+        if call.total_norm is None or isinstance(norm, Tensor):
             return
-        if given.isinf().item() and math.isfinite(norm.item()):
+        if math.isfinite(norm) and call.total_norm.isinf().item():
             self._report("half-precision-overflow", call.site)
 
     def measure(
         self, parameters: Sequence[Tensor], norm_type: float | None = None
-    ) -> tuple[Tensor, EachNorm | None]:
+    ) -> tuple[Norm, EachNorm | None]:
         """The norm of these parameters' gradients as they are now."""
         p = self._norm_type if norm_type is None else norm_type
         grads = [q.grad for q in parameters if q.grad is not None]
+        total = gradients.on_host(gradients.total_norm(grads, p))
         if not self._each:
-            return gradients.total_norm(grads, p), None
+            return total, None
         norms = gradients.norms_of_each(grads, p)
         stacked = torch.stack([n.to(norms[0].device) for n in norms])
-        each = EachNorm(tuple(map(id, parameters)), stacked)
-        return gradients.total_norm(grads, p), each
+        return total, EachNorm(tuple(map(id, parameters)), stacked)
 
     # --- backward passes and scalers
 
@@ -401,31 +396,36 @@ class Pairing:
             name: What to call it in findings.
             compiled: Whether a compiled function has clipped them, unseen.
         """
-        if self._sizes.get(id(optimizer)) != len(parameters):
-            self._sizes[id(optimizer)] = len(parameters)
-            self._owner.update(dict.fromkeys(map(id, parameters), id(optimizer)))
+        ids = self._ids_of(optimizer, parameters)
         with_grad = [p for p in parameters if p.grad is not None]
-        mine = {id(p) for p in with_grad}
-        valid = [e for e in self._by_series(mine) if e is not None]
-        result = Step(rows=self._waiting)
+        valid = self._valid_events(ids) if self.events else []
+        result = Step(rows=self._waiting, uncovered=with_grad, clipped=bool(valid))
         self._waiting = []
-        rows = self._rows_of([e for e in valid if not e.used])
-        for event in valid:
-            event.used = True
-        result.rows += rows
-        result.clipped = bool(valid)
-        covered: set[int] = set().union(*(e.series.ids for e in valid))
-        result.uncovered = [p for p in with_grad if id(p) not in covered] if covered else with_grad
-        if not with_grad and not rows:
+        if valid:
+            result.rows += self._rows_of([e for e in valid if not e.used])
+            result.uncovered = _uncovered(with_grad, ids, valid)
+            result.partly = bool(result.uncovered)
+            for event in valid:
+                event.used = True
+        elif not with_grad:
             self._report("no-gradients", name)
-        if not (valid or compiled):
+        elif not compiled:
             self._look_for_unseen_changes(with_grad, name)
         return result
+
+    def _ids_of(self, optimizer: Any, parameters: Sequence[Tensor]) -> frozenset[int]:
+        n, ids = self._ids.get(id(optimizer), (-1, frozenset[int]()))
+        if n != len(parameters):
+            ids = frozenset(map(id, parameters))
+            self._ids[id(optimizer)] = (len(parameters), ids)
+            self._owner.update(dict.fromkeys(ids, id(optimizer)))
+        return ids
 
     def step_done(self, optimizer: Any) -> None:
         """The optimizer has used its gradients."""
         self._stepped[id(optimizer)] = self.backwards.count
         self._unscaled = False
+        self.backwards.after.clear()  # optimizers may write to gradients
         if not self.backwards.alive:
             self.events = [e for e in self.events if not e.used]
 
@@ -440,13 +440,14 @@ class Pairing:
             self._series[key] = known
         return known
 
-    def _by_series(self, mine: set[int]) -> list[Event | None]:
+    def _valid_events(self, mine: frozenset[int]) -> list[Event]:
         """For each series among the waiting events the one that this step's gradients prove."""
         sets: dict[Series, list[Event]] = {}
         for event in self.events:
             if not mine.isdisjoint(event.series.ids):
                 sets.setdefault(event.series, []).append(event)
-        return [self._valid(events) for events in sets.values()]
+        valid = [self._valid(events) for events in sets.values()]
+        return [event for event in valid if event is not None]
 
     def _valid(self, events: list[Event]) -> Event | None:
         """The event with the unclipped norm of the gradients as they are now, None where none."""
@@ -518,7 +519,8 @@ class Pairing:
         series = self._series.setdefault(
             key, Series(f"{site} (all)", "clip", first.norm_type, ids, len(ids), numbers)
         )
-        norm = gradients.combined([e.norm for e in events], first.norm_type)
+        norms = [torch.as_tensor(e.norm) for e in events]
+        norm = gradients.on_host(gradients.combined(norms, first.norm_type))
         return Measured(series, norm, None, events[0].asked)
 
     def _look_for_unseen_changes(self, with_grad: list[Tensor], name: str) -> None:
@@ -529,11 +531,8 @@ class Pairing:
         if not self.backwards.alive:
             self._look_for_copies(with_grad, name)
             return
-        for i in spread(len(with_grad)):
-            seen = self.backwards.changed_after.get(id(with_grad[i]))
-            if seen is not None and (seen.changed() or seen.replaced()):
-                self._report("changed-in-place", name)
-                return
+        if self.backwards.written_since():
+            self._report("changed-in-place", name)
 
     def _look_for_copies(self, with_grad: list[Tensor], name: str) -> None:
         """Hooks that never fire on plain parameters: the gradients are assigned from elsewhere."""
@@ -544,9 +543,36 @@ class Pairing:
 
 
 def _measured(event: Event) -> Measured:
-    norm = event.norm if event.scale is None else event.norm / event.scale.to(event.norm.device)
+    norm = event.norm if event.scale is None else divided(event.norm, event.scale)
     asked = event.asked if event.kind != "backward" else None
     return Measured(event.series, norm, event.each, asked)
+
+
+def _uncovered(
+    with_grad: list[Tensor], ids: frozenset[int], valid: Sequence[Event]
+) -> list[Tensor]:
+    """The parameters that no valid clip call was given."""
+    if any(ids <= event.series.ids for event in valid):
+        return []
+    covered: set[int] = set().union(*(event.series.ids for event in valid))
+    return [p for p in with_grad if id(p) not in covered]
+
+
+def _had_these(earlier: Event, event: Event, now: int) -> bool:
+    """Whether `earlier` had the gradients of `event` already, before anything clipped them."""
+    return (
+        earlier.backward == now
+        and not earlier.used
+        and event.series.ids <= earlier.series.ids
+        and not earlier.replaced()
+    )
+
+
+def divided(norm: Norm, scale: Tensor) -> Norm:
+    """A norm of gradients that a GradScaler has scaled, as it would be without."""
+    if isinstance(norm, Tensor):
+        return norm / scale.to(norm.device)
+    return norm / float(scale) if scale.device.type == "cpu" else norm / scale
 
 
 def _distinct(events: list[Event]) -> list[Event]:
@@ -568,5 +594,5 @@ def _earlier_line(site: str, other: str) -> bool:
     return file == other_file and line.isdigit() and int(line) < int(other_line or 0)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.device.type == "cpu" and b.device.type == "cpu" and a.item() == b.item()
+def _same(a: Norm, b: Norm) -> bool:
+    return isinstance(a, float) and a == b

@@ -19,7 +19,8 @@ from types import ModuleType
 
 from normtune.tasks import OUTPUT, Outcome, Task
 
-PRELOAD = ["torch", "numpy"]  # what every training needs and what takes seconds to import
+# What every training needs and what takes seconds to import; optimizers import torch._dynamo.
+PRELOAD = ["torch", "torch._dynamo", "numpy"]
 GRACE_SECONDS = 2.0  # between the polite signal and the last one
 LINGER_SECONDS = 10.0  # how long a run may take to end after its result is written
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 import warnings
 import weakref
@@ -21,7 +22,7 @@ from normtune.buffer import SURE_AFTER, Buffer
 from normtune.errors import NormtuneError, RecordError
 from normtune.interception import COMPILED, ClipCall
 from normtune.learning_rates import ScaledRates
-from normtune.pairing import EachNorm, Event, Measured, Pairing, Series
+from normtune.pairing import EachNorm, Event, Measured, Norm, Pairing, Series, Step, divided
 from normtune.records import FileStore, Finding, MemoryStore, NormRecord
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class NormRecorder:
         lr_factor: float = 1.0,
     ) -> None:
         _check(measure=measure, norm_type=norm_type, flush_every=flush_every, lr_factor=lr_factor)
+        if max_norm is not None:
+            max_norm = _positive(max_norm)
         self._optimizers, self._parameters = optimizers.targets(optimizer)
         self._norm_type = float(norm_type)
         self._measure = measure
@@ -103,16 +106,17 @@ class NormRecorder:
         self._stepping = False
         self._failed = False
         self._closed = False
-        self._pid = os.getpid()
         self.steps_begun = 0
         self._flushed_at = time.monotonic()
         self._max_norm: float | None = None
         self._metadata = dict(metadata or {})
-        self._skip_step = False
-        counts = _last_steps(path) if resume else {}
-        self._head = self._header(max_norm) | {k: v for k, v in counts.items() if k != "steps"}
-        self._buffer = Buffer(_store(path, self._head), names, self._norm_type)
-        self._buffer.counts.update(counts.get("steps", {}))
+        self._skip_after: int | None = None  # the backward pass whose step the belt leaves out
+        self._own: dict[tuple[int, bool], Series] = {}
+        continues, counts = _last_steps(path) if resume else ({}, {})
+        head = self._header(max_norm) | continues
+        self._buffer = Buffer(_store(path, head), names, self._norm_type)
+        self._count_on(counts)
+        self._finalizer = weakref.finalize(self, _finish, self._buffer, self._findings)
         self._attach()
         self.max_norm = max_norm
 
@@ -205,15 +209,14 @@ class NormRecorder:
             norm: The total norm before clipping; a tensor stays on its device until the next flush.
         """
         series = self._pairing.own_series("given", self._parameters, "given")
-        value = norm.detach() if isinstance(norm, Tensor) else torch.tensor(float(norm)).double()
-        self._keep(Measured(series, gradients.whole(value).clone()), None)
+        if isinstance(norm, Tensor):
+            norm = gradients.on_host(gradients.whole(norm.detach()).clone())
+        self._keep(Measured(series, norm if isinstance(norm, Tensor) else float(norm)), None)
         self._maybe_flush()
 
     def flush(self) -> None:
         """Read the waiting norms from the device, in one go, and write them."""
         self._flushed_at = time.monotonic()
-        if self._pid != os.getpid():
-            self._after_fork()
         self._buffer.flush()
         self._buffer.tell(self._findings, last=self._closed)
         error = self._buffer.store.error
@@ -234,6 +237,8 @@ class NormRecorder:
             self.flush()
         if not self._buffer.store.close():
             self._complain_once(f"could not write all of the record: {self._buffer.store.error}")
+        self._finalizer.detach()
+        self._hold(held=False)
         self._max_norm = None
         self._impose_on_compiled()
 
@@ -248,7 +253,7 @@ class NormRecorder:
         self.flush()
         store = self._buffer.store
         return {
-            "attempt": self._head["attempt"],
+            "attempt": store.head["attempt"],
             "steps": dict(self._buffer.counts),
             "max_norm": self._max_norm,
             "warmup_until": self._belt.until if self._belt else None,
@@ -258,30 +263,45 @@ class NormRecorder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the attempt that `state` comes from; steps count on from there."""
         counts = {str(k): int(v) for k, v in state["steps"].items()}
-        facts = {k: v for k, v in self._head.items() if k not in ("normtune", "attempt", "time")}
-        facts |= {"continues": state["attempt"], "step": max(counts.values(), default=0)}
-        self._head = records.header(**facts)
         store = self._buffer.store
+        facts = {k: v for k, v in store.head.items() if k not in ("normtune", "attempt", "time")}
+        facts |= {"continues": state["attempt"], "step": max(counts.values(), default=0)}
         store.close()
-        again = _store(store.path if isinstance(store, FileStore) else None, self._head)
+        path = store.path if isinstance(store, FileStore) else None
+        again = _store(path, records.header(**facts))
         if isinstance(again, MemoryStore) and state.get("kept"):
             again.load(state["kept"])
+        self._buffer.drop()
         self._buffer.restart(again)
-        self._buffer.counts.update(counts)
+        self._count_on(counts)
         self.max_norm = state.get("max_norm")
         if state.get("warmup_until") is not None:
             self._belt = Belt(int(state["warmup_until"]), None)
+
+    def _count_on(self, counts: Mapping[str, int]) -> None:
+        self._buffer.counts.update(counts)
+        self._buffer.start = max(counts.values(), default=0)
 
     # --- attaching
 
     def _attach(self) -> None:
         interception.listen(self, self._parameters)
+        self._hold(held=True)
         for optimizer in self._optimizers:
             interception.watch_unhooked(optimizer)
+            if self._rates:
+                interception.tell_failures(optimizer)
         if self._measure == "backward":
             self._watch_backward()
         else:
             self._pairing.backwards.watch(self._parameters)
+
+    def _hold(self, *, held: bool) -> None:
+        """Live as long as the optimizer, also where the user keeps no name for the recorder."""
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, torch.optim.Optimizer):  # its copies leave this out
+                holders = vars(optimizer).setdefault("_normtune_recorders", [])
+                holders[:] = [h for h in holders if h is not self] + [self] * held
 
     def _watch_backward(self) -> None:
         """Measure at the end of each backward pass that reaches one of the parameters."""
@@ -335,7 +355,7 @@ class NormRecorder:
     def _clip_begins(self, call: ClipCall) -> float | None:
         self._settle_failed_clip()
         event = None
-        inside = self._stepping and not self._in_closure
+        inside = self._stepping and not self._in_closure and interception.inside_step()
         if self._measure == "step" and not inside:
             event = self._pairing.clip_begins(call)
         self._event = event
@@ -345,7 +365,7 @@ class NormRecorder:
             return math.inf  # these gradients are clipped already
         limit = self._limit(event.norm) if event is not None else self._max_norm
         if limit == 0.0:
-            self._skip_step, limit = True, math.inf
+            self._skip_after, limit = self._pairing.backwards.count, math.inf
         if event is not None:
             event.imposed = limit
         return limit
@@ -360,19 +380,22 @@ class NormRecorder:
 
     def clip_failed(self, call: ClipCall) -> None:
         """See `interception.Listener`."""
+        self._guarded(self._clip_failed, call)
+
+    def _clip_failed(self, call: ClipCall) -> None:
         self._settle_failed_clip()
-        self._pairing.failed = (call, self._pairing.backwards.count)
+        # Not the call itself: it holds all gradients.
+        self._pairing.failed = (self._pairing._series_of(call), self._pairing.backwards.count)
 
     def clip_found_nothing(self, call: ClipCall) -> None:
         """See `interception.Listener`."""
-        self._report("clip-nothing", call.site)
+        self._guarded(self._report, "clip-nothing", call.site)
 
     def _settle_failed_clip(self) -> None:
         """A clip call that raised on a non-finite norm, and no step followed: a skipped step."""
         failed, self._pairing.failed = self._pairing.failed, None
         if failed is not None and self._pairing.backwards.count > failed[1]:
-            series = self._pairing._series_of(failed[0])
-            self._keep(Measured(series, torch.tensor(math.nan), skipped=True), None)
+            self._keep(Measured(failed[0], math.nan, skipped=True), None)
 
     def _commit_stepless(self, *, keep_last: bool = False) -> None:
         """Without an optimizer each clip call is a step, final when the next one comes."""
@@ -396,9 +419,9 @@ class NormRecorder:
 
     def _step_begins(self, optimizer: Any, *, closure: bool) -> None:
         self.steps_begun += 1
-        self._stepping = True
+        self._stepping, self._in_closure = True, False  # the last step may have raised
         self._give_back_gradients()
-        if _capturing():
+        if _capturing(self._parameters):
             self._report("graph-capture", "")
             return
         if torch._C._current_graph_task_id() != -1:
@@ -445,6 +468,13 @@ class NormRecorder:
         self._end_warmup()
         self._maybe_flush()
 
+    def step_failed(self, optimizer: Any) -> None:
+        """See `interception.Listener`."""
+        self._stepping, self._in_closure, self._closure_rows = False, False, None
+        if id(optimizer) in self._rates:
+            self._rates[id(optimizer)].restore()
+        self._give_back_gradients()
+
     def step_skipped(self, optimizer: Any) -> None:
         """See `interception.Listener`."""
         self._guarded(self._step_skipped, optimizer)
@@ -453,7 +483,7 @@ class NormRecorder:
         step = self._pairing.step(
             optimizer, optimizers.parameters(optimizer), optimizers.name_of(optimizer)
         )
-        rows = step.rows or [Measured(self._own_series(optimizer), torch.tensor(math.nan))]
+        rows = step.rows or [Measured(self._own_series(optimizer), math.nan)]
         for row in rows:
             row.skipped = True
             self._keep(row, optimizer)
@@ -486,12 +516,15 @@ class NormRecorder:
             step.clipped, step.uncovered = True, []
         limit = None
         if step.uncovered:
-            limit = self._measure_rest(step.rows, step.uncovered, optimizer, scale)
+            limit = self._measure_rest(step, optimizer, scale)
         if record:
             for row in step.rows:
                 row.skipped = row.skipped or (False if found_inf is None else found_inf)
                 self._keep(row, optimizer)
-        if self._skip_step or limit == 0.0:
+        # A loop that leaves such a step out by itself must not lose its next one.
+        skip = self._skip_after == self._pairing.backwards.count
+        self._skip_after = None
+        if skip or limit == 0.0:
             self._set_gradients_aside(parameters)
         elif step.uncovered and not step.clipped and limit not in (None, math.inf):
             self._clip_rest(step.uncovered, limit, scale)
@@ -504,21 +537,14 @@ class NormRecorder:
             self._parameters += added
             interception.listen(self, added)
 
-    def _measure_rest(
-        self,
-        rows: list[Measured],
-        uncovered: Sequence[Tensor],
-        optimizer: Any,
-        scale: Tensor | None,
-    ) -> float | None:
+    def _measure_rest(self, step: Step, optimizer: Any, scale: Tensor | None) -> float | None:
         """Measure what no clip call covers; the max_norm to clip it at."""
-        norm, each = self._pairing.measure(uncovered)
+        norm, each = self._pairing.measure(step.uncovered)
         if scale is not None:
-            norm = norm / scale.to(norm.device)
-            each = EachNorm(each.ids, each.norms / scale.to(norm.device)) if each else None
-        partly = len(uncovered) < sum(p.grad is not None for p in optimizers.parameters(optimizer))
-        series = self._own_series(optimizer, uncovered, rest=partly)
-        rows.append(Measured(series, norm, each))
+            norm = divided(norm, scale)
+            each = EachNorm(each.ids, each.norms / scale.to(each.norms.device)) if each else None
+        series = self._own_series(optimizer, step.uncovered, rest=step.partly)
+        step.rows.append(Measured(series, norm, each))
         return None if self._max_norm is None else self._limit(norm)
 
     def _clip_rest(self, uncovered: Sequence[Tensor], limit: float, scale: Tensor | None) -> None:
@@ -528,7 +554,6 @@ class NormRecorder:
 
     def _set_gradients_aside(self, parameters: Sequence[Tensor]) -> None:
         """Without gradients the step changes nothing, neither parameters nor momentum."""
-        self._skip_step = False
         self._set_aside = [(p, p.grad) for p in parameters if p.grad is not None]
         for parameter, _ in self._set_aside:
             parameter.grad = None
@@ -544,22 +569,28 @@ class NormRecorder:
         total, COMPILED.total_norm = COMPILED.total_norm, None
         assert total is not None  # noqa: S101  looked at by the caller
         series = self._pairing.own_series("compiled clip", parameters, "compiled clip")
-        rows[:] = [Measured(series, gradients.whole(total.detach()).clone())]
+        norm = gradients.on_host(gradients.whole(total.detach()).clone())
+        rows[:] = [Measured(series, norm)]
 
     def _own_series(
         self, optimizer: Any, parameters: Sequence[Tensor] | None = None, *, rest: bool = False
     ) -> Series:
+        known = self._own.get((id(optimizer), rest))
+        if known is not None:
+            return known
         name = optimizers.name_of(optimizer)
         same = [o for o in self._optimizers if optimizers.name_of(o) == name]
         if len(same) > 1:
             name = f"{name} {1 + next((i for i, o in enumerate(same) if o is optimizer), 0)}"
         if rest:
             name = f"{name}, not clipped"
-        return self._pairing.own_series(name, parameters or optimizers.parameters(optimizer))
+        series = self._pairing.own_series(name, parameters or optimizers.parameters(optimizer))
+        self._own[(id(optimizer), rest)] = series
+        return series
 
     # --- the belt of a warm-up
 
-    def _limit(self, norm: Tensor) -> float | None:
+    def _limit(self, norm: Norm) -> float | None:
         """The max_norm for gradients of this norm."""
         if self._belt is None:
             return self._max_norm
@@ -573,12 +604,9 @@ class NormRecorder:
         self._belt = None
         try:
             suggestion = self.suggest(rule=belt.rule)
-        except NormtuneError as error:
+        except (NormtuneError, ValueError) as error:
             self._max_norm = math.inf
-            warnings.warn(
-                f"normtune found no max_norm in the warm-up and goes on unclipped: {error}",
-                stacklevel=2,
-            )
+            _warn(f"normtune found no max_norm in the warm-up and goes on unclipped: {error}")
             return
         self.max_norm = suggestion.max_norm
 
@@ -635,7 +663,7 @@ class NormRecorder:
     def _complain_once(self, sentence: str) -> None:
         if sentence not in self._complained:
             self._complained.add(sentence)
-            warnings.warn(f"normtune {sentence}", stacklevel=2)
+            _warn(f"normtune {sentence}")
 
     # --- the header, and starting again
 
@@ -654,32 +682,35 @@ class NormRecorder:
             facts["dtype"] = str(self._parameters[0].dtype).removeprefix("torch.")
         return records.header(**facts)
 
-    def _after_fork(self) -> None:
-        """A forked child inherits its parent's rows; it drops them and starts a file of its own."""
-        self._pid = os.getpid()
-        self._head["attempt"] = f"{self._head['attempt']}-{self._pid}"
-        store = self._buffer.store
-        path = None
-        if isinstance(store, FileStore):
-            name = store.path.name.removesuffix(records.SUFFIX)
-            path = store.path.with_name(f"{name}.{self._pid}{records.SUFFIX}")
-        self._buffer.restart(_store(path, self._head))
-
 
 def _store(path: str | os.PathLike[str] | None, head: dict[str, Any]) -> FileStore | MemoryStore:
     return MemoryStore(head) if path is None else FileStore(path, head)
 
 
-def _last_steps(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+def _warn(sentence: str) -> None:
+    try:
+        warnings.warn(sentence, stacklevel=4)
+    except UserWarning:  # warnings are errors here, and none may leave a hook
+        print(sentence, file=sys.stderr)  # noqa: T201
+
+
+def _finish(buffer: Buffer, findings: dict[tuple[str, str], Finding]) -> None:
+    """Write what waits when a recorder that nobody closed goes away, or the program ends."""
+    with suppress(Exception):
+        buffer.flush()
+        buffer.tell(findings, last=True)
+        buffer.store.close()
+
+
+def _last_steps(path: str | os.PathLike[str] | None) -> tuple[dict[str, Any], dict[str, int]]:
     """What the header of a resumed record says, and its steps so far; empty for a new file."""
     if path is None or not Path(path).exists():
-        return {}
+        return {}, {}
     try:
-        last = NormRecord.load(path)
+        attempt, steps = records.last_steps(path)
     except RecordError:
-        return {}
-    step = int(last.steps[-1])
-    return {"continues": last.metadata["attempt"], "step": step, "steps": {last.series: step}}
+        return {}, {}
+    return ({"continues": attempt, "step": max(steps.values())}, steps) if steps else ({}, {})
 
 
 def _check(*, measure: str, norm_type: float, flush_every: int, lr_factor: float) -> None:
@@ -714,8 +745,9 @@ def _in_force(imposed: float | None, asked: float | None) -> float:
     return asked if asked > 0 else math.nan
 
 
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _capturing(parameters: Sequence[Tensor]) -> bool:
+    on_cuda = bool(parameters) and parameters[0].is_cuda
+    return on_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def record_norm(norm: float | Tensor) -> None:

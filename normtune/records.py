@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 SUFFIX = ".norms.jsonl"
 ANONYMOUS = "norm"  # the series of a record that never named one
 BLOCK_BYTES = 1 << 22
+LONGEST_LINE = 1 << 25  # bytes; a device such as /dev/zero never ends its line
 
 Floats = npt.NDArray[np.float64]
 Json = dict[str, Any]
@@ -252,6 +253,7 @@ def row(
         lr: The learning rate, only where it changed.
         extra: Further fields of the line: ``series``, ``skipped``, ``groups``, ``asked`` and so on.
     """
+    norm = float(norm)  # a numpy number's repr is no JSON
     if math.isfinite(norm):
         text = f'{{"step": {step}, "norm": {norm!r}'
     else:
@@ -288,10 +290,11 @@ class RecordWriter:
     A failed write keeps the lines (up to `keep` of them) and tries again with the next ones.
 
     Args:
-        path: The file; missing folders are made.
-        resume: Whether to append where the file exists. Without it an existing file also gets a
-            new attempt appended: a record only grows.
+        path: The file; missing folders are made. A record that exists already only grows.
         keep: How many lines to hold while the disk refuses them.
+
+    Raises:
+        RecordError: If the file cannot be written, or exists and is no record.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep: int = 100_000) -> None:
@@ -305,14 +308,22 @@ class RecordWriter:
             self._descriptor = os.open(
                 self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o644
             )
-            size = os.fstat(self._descriptor).st_size
-            if size:
-                os.lseek(self._descriptor, size - 1, os.SEEK_SET)
-                self._torn = os.read(self._descriptor, 1) != b"\n"
+            self._torn = self._ends_torn(os.fstat(self._descriptor).st_size)
         except OSError as error:
             message = f"cannot write the record {self.path}: {error.strerror or error}"
             raise RecordError(message) from None
         self._pid = os.getpid()
+
+    def _ends_torn(self, size: int) -> bool:
+        """Whether the last line of the file that exists was cut off."""
+        if not size:
+            return False
+        if not may_be_record(os.read(self._descriptor, 64)):
+            os.close(self._descriptor)
+            message = f"{self.path} exists and is no normtune record; choose another path"
+            raise RecordError(message)
+        os.lseek(self._descriptor, size - 1, os.SEEK_SET)
+        return os.read(self._descriptor, 1) != b"\n"
 
     def write(self, lines: Iterable[str]) -> bool:
         """Append `lines`; False where the disk refused them for now (`error` says why)."""
@@ -374,7 +385,7 @@ class _Block:
     details: dict[int, Json]  # row number in the block -> the whole line, where it says more
 
 
-@dataclass
+@dataclass(eq=False)
 class _Attempt:
     header: Json
     blocks: list[_Block] = field(default_factory=list)
@@ -439,9 +450,29 @@ class _Lines:
         rows.clear()
 
 
+_OPENING = b'{"normtune":'
+
+
+def last_steps(path: str | os.PathLike[str]) -> tuple[str, dict[str, int]]:
+    """The id of the last attempt in a record file, and the last step of each series.
+
+    Raises:
+        RecordError: If the file is missing or no record.
+    """
+    chain, _ = _chain(_Lines.read(Path(path)), None)
+    steps = {name: max(int(s.max()) for s in rows.steps) for name, rows in _split(chain).items()}
+    return chain[-1].id, steps
+
+
 def is_record(start: bytes) -> bool:
     """Whether a file that begins with `start` is a normtune record."""
-    return start.lstrip().startswith(b'{"normtune":')
+    return start.lstrip().startswith(_OPENING)
+
+
+def may_be_record(start: bytes) -> bool:
+    """Whether `start` begins a record, or is all that a full disk took of one."""
+    begin = start.lstrip()[: len(_OPENING)]
+    return is_record(start) or (_OPENING.startswith(begin) and start.lstrip() == begin)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -450,6 +481,9 @@ def _blocks(path: Path) -> Iterator[bytes]:
         with path.open("rb") as file:
             rest = b""
             while chunk := file.read(BLOCK_BYTES):
+                if len(rest) > LONGEST_LINE:
+                    message = f"{path} is not a normtune record: it has no lines"
+                    raise RecordError(message)
                 chunk = rest + chunk
                 end = chunk.rfind(b"\n") + 1
                 rest = chunk[end:]
@@ -479,7 +513,7 @@ def _parse_plain(block: bytes) -> _Block | None:
         values = np.fromstring(text.decode("ascii"), sep=" ")
     except (ValueError, DeprecationWarning):
         return None
-    if len(values) != 2 * lines:
+    if len(values) != 2 * lines or np.abs(values[0::2]).max(initial=0.0) >= 2.0**63:
         return None
     return _Block(values[0::2].astype(np.int64), values[1::2].copy(), {})
 
@@ -513,18 +547,22 @@ def _rows_block(rows: Sequence[Json]) -> _Block:
 def _norm(line: Json) -> float:
     value = line["norm"]
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return _number(value)
     return math.inf if line.get("kind") == "inf" else math.nan
 
 
 def _integer(value: Any) -> int:
-    return int(value) if isinstance(value, int | float) and math.isfinite(value) else -1
+    """A whole number that fits int64; -1 for anything else."""
+    number = _number(value) if isinstance(value, int | float) else math.nan
+    return int(value) if abs(number) < 2.0**63 else -1
 
 
 def _number(value: Any) -> float:
     """A number that strict JSON may have had to write as a string."""
     try:
         return float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf
     except (TypeError, ValueError):
         return math.nan
 
@@ -551,8 +589,7 @@ class _Rows:
 
 def _choose(lines: _Lines, *, series: str | None, attempt: int | None) -> NormRecord:
     chain, note = _chain(lines, attempt)
-    default = _default_series(chain)
-    found = _split(chain, default)
+    found = _split(chain)
     if not found:
         name = "the record" if lines.path == Path() else lines.path
         message = f"{name} holds no step: the run ended before its first recorded step"
@@ -586,8 +623,8 @@ def _chain(lines: _Lines, attempt: int | None) -> tuple[list[_Attempt], str]:
     return chain, note if others else ""
 
 
-def _default_series(chain: Sequence[_Attempt]) -> str:
-    declared = (line for a in chain for line in a.declared if line.get("default"))
+def _default_series(attempt: _Attempt) -> str:
+    declared = (line for line in attempt.declared if line.get("default"))
     return str(next((line["series"] for line in declared), ANONYMOUS))
 
 
@@ -595,9 +632,10 @@ def _is_clip(chain: Sequence[_Attempt], name: str) -> bool:
     return any(d["series"] == name and d.get("by") == "clip" for a in chain for d in a.declared)
 
 
-def _split(chain: Sequence[_Attempt], default: str) -> dict[str, _Rows]:
+def _split(chain: Sequence[_Attempt]) -> dict[str, _Rows]:
     found: dict[str, _Rows] = {}
     for attempt in chain:
+        default = _default_series(attempt)
         for block in attempt.blocks:
             named = {i: str(d["series"]) for i, d in block.details.items() if "series" in d}
             if not named:
@@ -658,11 +696,10 @@ def _last_of_each(steps: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
 
 def _forward(rows: _Rows, key: str, start: float) -> Floats:
     """A value that is written only where it changes, for every row."""
-    values = np.full(rows.n, start)
-    for i, line in rows.details:
-        if key in line:
-            values[i:] = _number(line[key])
-    return values
+    changes = [(i, _number(line[key])) for i, line in rows.details if key in line]
+    where = np.array([0, *(i for i, _ in changes), rows.n])
+    values = np.array([start, *(value for _, value in changes)])
+    return np.repeat(values, np.diff(where))
 
 
 def _flags(rows: _Rows, key: str) -> npt.NDArray[np.bool_]:
@@ -674,7 +711,8 @@ def _flags(rows: _Rows, key: str) -> npt.NDArray[np.bool_]:
 def _groups(rows: _Rows) -> dict[str, Floats]:
     groups: dict[str, Floats] = {}
     for i, line in rows.details:
-        for name, value in (line.get("groups") or {}).items():
+        members = line.get("groups")
+        for name, value in members.items() if isinstance(members, dict) else ():
             groups.setdefault(name, np.full(rows.n, np.nan))[i] = _number(value)
     return groups
 
@@ -711,8 +749,14 @@ class MemoryStore:
     """An attempt that is kept in memory, for a recorder without a path."""
 
     def __init__(self, head: Json) -> None:
+        self.head = head
         self._attempt = _Attempt(header=head)
+        self._earlier: list[_Attempt] = []
         self.error: OSError | None = None
+
+    def branch(self) -> MemoryStore:
+        """An empty store for a forked child."""
+        return MemoryStore(_child_of(self.head))
 
     def rows(self, rows: Sequence[Row]) -> None:
         """Keep `rows`."""
@@ -732,33 +776,53 @@ class MemoryStore:
 
     def record(self, series: str | None = None) -> NormRecord:
         """What was kept so far."""
-        return _choose(_Lines(Path(), [self._attempt], 0), series=series, attempt=None)
+        lines = _Lines(Path(), [*self._earlier, self._attempt], 0)
+        return _choose(lines, series=series, attempt=None)
 
     def state(self) -> list[Json]:
-        """All rows as plain lists, for a checkpoint."""
-        return [
-            {"steps": b.steps.tolist(), "norms": b.norms.tolist(), "details": b.details}
-            for b in self._attempt.blocks
-        ]
+        """All attempts as plain lists and numbers, for a checkpoint."""
+        return [_plain(attempt) for attempt in [*self._earlier, self._attempt]]
 
     def load(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Put back the rows of `state`, before those of this attempt."""
-        self._attempt.blocks[:0] = [
-            _Block(np.array(b["steps"]), np.array(b["norms"], dtype=float), dict(b["details"]))
-            for b in state
-        ]
+        """Put back the attempts of `state`, before this one."""
+        self._earlier = [_attempt_of(attempt) for attempt in state]
 
     def close(self) -> bool:
         """Nothing is lost by closing."""
         return True
 
 
+def _child_of(head: Json) -> Json:
+    return header() | head | {"attempt": f"{head['attempt']}-{os.getpid()}"}
+
+
+def _plain(attempt: _Attempt) -> Json:
+    blocks = [[b.steps.tolist(), b.norms.tolist(), list(b.details.items())] for b in attempt.blocks]
+    described = {"declared": list(attempt.declared), "findings": list(attempt.findings)}
+    return {"header": attempt.header, "blocks": blocks} | described
+
+
+def _attempt_of(state: Mapping[str, Any]) -> _Attempt:
+    blocks = [
+        _Block(np.array(steps, dtype=np.int64), np.array(norms, dtype=np.float64), dict(details))
+        for steps, norms, details in state["blocks"]
+    ]
+    return _Attempt(state["header"], blocks, list(state["declared"]), list(state["findings"]))
+
+
 class FileStore:
     """An attempt that is written to a record file."""
 
     def __init__(self, path: str | os.PathLike[str], head: Json) -> None:
+        self.head = head
         self._writer = RecordWriter(path)
         self._writer.write([dumps(head)])
+
+    def branch(self) -> FileStore:
+        """A file beside this one for a forked child."""
+        name = self.path.name.removesuffix(SUFFIX)
+        path = self.path.with_name(f"{name}.{os.getpid()}{SUFFIX}")
+        return FileStore(path, _child_of(self.head))
 
     @property
     def path(self) -> Path:

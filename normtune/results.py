@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from normtune import records
 from normtune.comparison import ArmRow, Verdict
-from normtune.format import number
+from normtune.format import count, number
 from normtune.trials import Settings, Trial
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _runs_line(result: SearchResult) -> list[str]:
     minutes = sum(t.seconds for t in trained if math.isfinite(t.seconds)) / 60
     crashed = sum(t.state == "crashed" for t in trained)
     more = f", {crashed} crashed" if crashed else ""
-    head = f"study {result.name}: {len(trained)} trainings in {number(minutes)} minutes of training"
+    head = f"study {result.name}: {count(len(trained), 'training')} in {number(minutes)} minutes of training"
     return [f"{head}, {free} more free of cost, {failed} failed{more}; {result.why_ended}"]
 
 

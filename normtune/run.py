@@ -145,7 +145,8 @@ class Run:
             self._end("stopped", f"{self._stop_after} warm-up steps are recorded")
 
     def _end(self, ending: Ending, reason: str) -> None:
-        self.ended = self.ended or (ending, reason)
+        self._stay_ended()
+        self.ended = (ending, reason)
         raise RunEnded(reason)
 
     def _stay_ended(self) -> None:

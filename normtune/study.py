@@ -27,6 +27,7 @@ from normtune import rules
 from normtune.errors import StudyError
 
 MAX_BYTES = 100_000
+MAX_DEPTH = 20
 METRIC_EXAMPLE = "val loss ([0-9.]+)"
 Direction = Literal["minimize", "maximize"]
 ValueRule = Literal["last", "best", "mean of last 3"]
@@ -274,10 +275,10 @@ class _Document:
     def read(cls, file: Path, *, shown: Path) -> _Document:
         text = _text(file, shown)
         try:
-            _refuse_aliases(text)
+            _refuse_traps(text)
             root = yaml.compose(text, Loader=_Loader)
             data = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise StudyError(_explain_yaml(error, shown)) from None
         if root is None or data is None:
             message = f"{shown} is empty: a study needs at least train: file.py:function"
@@ -325,12 +326,18 @@ def _text(file: Path, shown: Path) -> str:
         raise StudyError(message) from None
 
 
-def _refuse_aliases(text: str) -> None:
-    """An alias can make 166 bytes grow without bound, and a study has no use for one."""
+def _refuse_traps(text: str) -> None:
+    """An alias can make 166 bytes grow without bound, and deep nesting takes for ever to read."""
+    depth = 0
     for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        mark: Any = event.start_mark  # the stubs allow one of two classes only
         if isinstance(event, yaml.AliasEvent):
             problem = f"aliases (*{event.anchor}) are not read; write the value out"
-            mark: Any = event.start_mark  # the stubs allow one of two classes only
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        if depth > MAX_DEPTH:
+            problem = f"nested more than {MAX_DEPTH} deep"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
@@ -338,9 +345,7 @@ def _explain_yaml(error: Exception, shown: Path) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"{shown}:{mark.line + 1}: " if mark is not None else f"{shown}: "
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    if isinstance(error, RecursionError):
-        problem = "nested too deeply"
-    elif "'\\t'" in problem:
+    if "'\\t'" in problem:
         problem = "a tab; YAML is indented with spaces"
     elif "could not determine a constructor" in problem:
         problem = f"{problem}; only plain values are read"

@@ -14,6 +14,10 @@ from normtune.sources.tables import Column, Reading
 SHOWN = 8
 
 
+class AmbiguousError(RecordError):
+    """Several gradient norms of which the user must pick one."""
+
+
 def choose(reading: Reading, key: str | None) -> Column:
     """The column that the user asked for, or else the only total norm.
 
@@ -31,7 +35,7 @@ def choose(reading: Reading, key: str | None) -> Column:
         if len(found) == 1:
             return found[0]
         if found:
-            raise RecordError(_several(reading, found))
+            raise AmbiguousError(_several(reading, found))
     parts = [column for column in present if column.role == "part"]
     if parts:
         raise RecordError(_only_parts(reading, parts))
@@ -42,7 +46,7 @@ def family_of(column: Column) -> Family:
     """The framework of a column; a name that tells the side of clipping overrules it."""
     family = column.family or UNKNOWN
     if column.role in ("before", "after"):
-        return replace(family, side=column.role)  # type: ignore[arg-type]
+        return replace(family, side=column.role)
     if column.role == "epoch":
         return replace(family, value="mean of window")
     return family
@@ -61,16 +65,16 @@ def _where_norms_are(kind: str) -> str:
 
 
 def _asked(reading: Reading, present: Sequence[Column], key: str) -> Column:
-    for fits in (
-        lambda c: c.key == key,
-        lambda c: c.key.lower() == key.lower(),
-        lambda c: c.key.lower().endswith("/" + key.lower()),
+    low = key.lower()
+    for found in (
+        [c for c in present if c.key == key],
+        [c for c in present if c.key.lower() == low],
+        [c for c in present if c.key.lower().endswith("/" + low)],
     ):
-        found = [column for column in present if fits(column)]
         if len(found) == 1:
             return found[0]
         if found:
-            raise RecordError(_several(reading, found))
+            raise AmbiguousError(_several(reading, found))
     known = [column for column in present if column.role != "other"]
     has = f"; it has {_names(known)}" if known else ""
     message = f"{reading.path} has no values under the key {key!r}{has}"
@@ -102,11 +106,12 @@ def _several(reading: Reading, columns: Sequence[Column]) -> str:
 def _only_parts(reading: Reading, parts: Sequence[Column]) -> str:
     if len(parts) > 1:
         return (
-            f"{reading.path} holds {len(parts)} gradient norms of which none is named as the total: "
-            f"{_names(parts)}; pick with --key what your clip call is given"
+            f"{reading.path} holds {len(parts)} gradient norms of which none is named as the "
+            f"total: {_names(parts)}; pick with --key what your clip call is given"
         )
     return (
-        f"{reading.path} holds the norm of one group of parameters but no total norm: {_names(parts)}; "
+        f"{reading.path} holds the norm of one group of parameters but no total norm: "
+        f"{_names(parts)}; "
         "log the total, or take it with --key if it is what you clip"
     )
 

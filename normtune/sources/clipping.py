@@ -14,29 +14,64 @@ from normtune.sources.numbers import TEXT, number
 
 LARGEST_CONFIG = 1 << 20
 CONFIGS = (
-    "args.json", "training_args.json", "train_args.json", "config.yaml", "config.yml", "config.json",
-    "hparams.yaml", "hparams.json", "params.json", ".hydra/config.yaml", "files/config.yaml",
-    "train_config.json", "train_config.yaml", "hyperparameters.json", "cfg.yaml", "params.yaml",
-)  # fmt: skip
+    "args.json",
+    "training_args.json",
+    "train_args.json",
+    "config.yaml",
+    "config.yml",
+    "config.json",
+    "hparams.yaml",
+    "hparams.json",
+    "params.json",
+    ".hydra/config.yaml",
+    "files/config.yaml",
+    "train_config.json",
+    "train_config.yaml",
+    "hyperparameters.json",
+    "cfg.yaml",
+    "params.yaml",
+)
 KEYS = frozenset(
     {
-        "max_grad_norm", "clip_grad", "clip_grad_norm", "grad_clip", "grad_clip_norm", "gradient_clip_val",
-        "gradient_clipping", "clip_norm", "clip_gradient_norm", "grad_norm_clip", "max_gradient_norm",
-        "gradient_clip_norm", "gradient_clipping_threshold", "gradient_clip", "global_clipnorm",
-        "grad_norm_clipping", "max_norm_grad", "clip_grad_max_norm", "clip_max_norm", "grad_max_norm",
-        "gradient_max_norm", "grad_clip_val", "clip_grad_val", "max_grad", "grad_clipping",
+        "max_grad_norm",
+        "clip_grad",
+        "clip_grad_norm",
+        "grad_clip",
+        "grad_clip_norm",
+        "gradient_clip_val",
+        "gradient_clipping",
+        "clip_norm",
+        "clip_gradient_norm",
+        "grad_norm_clip",
+        "max_gradient_norm",
+        "gradient_clip_norm",
+        "gradient_clipping_threshold",
+        "gradient_clip",
+        "global_clipnorm",
+        "grad_norm_clipping",
+        "max_norm_grad",
+        "clip_grad_max_norm",
+        "clip_max_norm",
+        "grad_max_norm",
+        "gradient_max_norm",
+        "grad_clip_val",
+        "clip_grad_val",
+        "max_grad",
+        "grad_clipping",
     }
-)  # fmt: skip
+)
+_SECTIONS = frozenset({"training", "clip", "clip_grad", "grad_clip", "gradient_clipping"})
 _INNER = ("max_norm", "clipping_threshold", "threshold", "value", "clip_val", "val")
 _OFF = frozenset({"none", "null", "false", "off", ""})
 _IN_TEXT = re.compile(
     rb"(?i)(?<![\w])(?:"
-    + b"|".join(sorted((k.encode() for k in KEYS), key=len, reverse=True))
+    + b"|".join(k.encode() for k in sorted(KEYS, key=len, reverse=True))
     + rb")"
     rb"""(?:['"]?\s{0,40}[:=]\s{0,40}|\s\.{2,80}\s{0,4})"""
     rb"(?:dict\(|\{)?\s{0,4}(?:['\"]?max_norm['\"]?\s{0,4}[:=]\s{0,4})?"
     rb"(?:" + TEXT + rb"|(None|null|False|off)\b)(?!\s*[*/(\w])"
 )
+_ALONE = re.compile(rb'(?:^|\s)"max_norm": ' + TEXT + rb",?\s*$")  # torchtitan's config, dumped
 
 
 def in_mapping(config: Any) -> float:
@@ -57,15 +92,15 @@ def in_mapping(config: Any) -> float:
 def in_text(line: bytes) -> float:
     """The max_norm that one line of a log states, nan where it states none.
 
-    >>> in_text(b"  clip_grad ....................... 1.0"), in_text(b"grad_clip=dict(max_norm=35, norm_type=2)")
+    >>> in_text(b"  clip_grad ............ 1.0"), in_text(b"grad_clip=dict(max_norm=35)")
     (1.0, 35.0)
     >>> in_text(b"'clip_norm': 0.0, 'sentence_avg': False"), in_text(b"clip=100.000")
     (inf, nan)
     """
-    match = _IN_TEXT.search(line[: 1 << 20])
+    match = _IN_TEXT.search(line[: 1 << 20]) or _ALONE.search(line[:200])
     if match is None:
         return math.nan
-    return math.inf if match[2] else _meaning(number(match[1].decode()))
+    return math.inf if match.lastindex == 2 else _meaning(number(match[1].decode()))
 
 
 def beside(log: Path) -> tuple[float, str]:
@@ -86,14 +121,14 @@ def in_file(path: Path) -> float:
         text = path.read_bytes()
     except (OSError, ValueError):
         return math.nan
-    stated = in_mapping(_parsed(text, path.suffix))
-    if math.isnan(stated):
+    config = _parsed(text, path.suffix)
+    if config is None:
         return next((v for v in map(in_text, text.splitlines()) if not math.isnan(v)), math.nan)
-    return stated
+    return in_mapping(config)
 
 
 def _near(log: Path) -> Iterator[Path]:
-    """The log's own folder; from a checkpoint, a TensorBoard or a files folder also the one above."""
+    """The log's own folder; from one that runs make for their logs also the one above."""
     folder = log.parent
     yield folder
     inner = (
@@ -132,7 +167,9 @@ def _stated(node: Any, seen: set[int], parent: str) -> Iterator[float]:
             return
         for key, value in node.items():
             name = str(key).lower().replace("-", "_").rpartition("/")[2]
-            if name in KEYS or (name == "clip" and parent == "optim"):
+            if name in KEYS or (name, parent) == ("clip", "optim"):
+                yield from _value(value)
+            if name == "max_norm" and parent in _SECTIONS:
                 yield from _value(value)
             yield from _stated(value, seen, name)
     elif isinstance(node, list):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import operator
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -128,6 +129,16 @@ def _place(names: Sequence[str], name: str) -> int | None:
     return lowered.index(name) if name in lowered else None
 
 
+def _present(
+    steps: Sequence[int] | None, cells: Sequence[bytes]
+) -> tuple[Sequence[int], Sequence[float]]:
+    """The values of the cells that are not blank, with their steps."""
+    if steps is None or b"" not in cells:
+        return steps or (), list(map(float, cells))
+    filled = [i for i, cell in enumerate(cells) if cell]
+    return [steps[i] for i in filled], [float(cells[i]) for i in filled]
+
+
 @dataclass
 class _Table:
     """The columns of a table that are wanted, and where they stand."""
@@ -161,17 +172,14 @@ class _Table:
             return False
         try:
             steps = self._block_steps(cells)
-            parsed = [
-                [(i, float(cell)) for i, cell in enumerate(cells[at::width]) if cell]
-                for at, _ in self.columns
-            ]
+            array("q", steps or ())  # refuses steps beyond int64
+            parsed = [_present(steps, cells[at::width]) for at, _ in self.columns]
         except (ValueError, OverflowError):
             return False
         if steps is None:
             return False
-        for values, (_, column) in zip(parsed, self.columns, strict=True):
-            for i, value in values:
-                column.add(steps[i], value)
+        for (at_steps, values), (_, column) in zip(parsed, self.columns, strict=True):
+            column.extend(at_steps, values)
         self._previous = [cell.decode(errors="replace") for cell in cells[-width:]]
         return True
 

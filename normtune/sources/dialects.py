@@ -27,6 +27,7 @@ class Dialect:
             epoch; None where the line holds no step. A line without it is another dialect's.
         key: The key, where the line's own is too short to say what it is.
         context: Whether the step stands on a line before, as ``[step=12/100]``.
+        first_epoch: The number of the first epoch, where the step is counted within epochs.
         many: Whether a line may tell several values.
         whole: Finds step and value at once, where the step stands first; for many lines in a row.
     """
@@ -37,6 +38,7 @@ class Dialect:
     step: re.Pattern[bytes] | None = None
     key: str = "grad_norm"
     context: bool = False
+    first_epoch: int = 0
     many: bool = False
     whole: re.Pattern[bytes] | None = None
 
@@ -52,11 +54,12 @@ def _line(
     step: bytes | None = None,
     key: str = "grad_norm",
     context: bool = False,
+    first_epoch: int = 0,
 ) -> Dialect:
     pattern = re.compile(value + TEXT)
     steps = re.compile(step) if step else None
     whole = _whole(step, pattern) if step and key and step.count(b"(\\d") != 2 else None
-    return Dialect(family, needs, pattern, steps, key, context, not key, whole)
+    return Dialect(family, needs, pattern, steps, key, context, first_epoch, not key, whole)
 
 
 def _whole(step: bytes, value: re.Pattern[bytes]) -> re.Pattern[bytes] | None:
@@ -134,6 +137,7 @@ DIALECTS = (
         b"Epoch",
         value=_GRAD_NORM + rb":\s{0,8}",
         step=rb"Epoch(?:\(train\))?\s{1,4}\[(\d+)\]\[\s{0,8}(\d+)/(\d+)\]",
+        first_epoch=1,
     ),
     _line(
         _before("mmcv", "mean of window"),
@@ -230,9 +234,8 @@ EPOCH = re.compile(rb"'epoch': '?(\d+(?:\.\d+)?)")
 # Any other line that names a gradient norm: from the word norm on, then the number.
 _GAP = rb"(?:['\"\])]{0,2}(?:\s{0,4}[:=]\s{0,12}|\s{1,12}))"
 ANY_NORM = re.compile(
-    rb"((?:[nN]orms?|NORM)(?: (?:before|after|pre|post)[ -]clip(?:ping)?)?[\w./@-]{0,60}|gnorm|grdn)"
-    + _GAP
-    + TEXT
+    rb"((?:[nN]orms?|NORM)(?: (?:before|after|pre|post)[ -]clip(?:ping)?)?"
+    rb"[\w./@-]{0,60}|gnorm|grdn)" + _GAP + TEXT
 )
 # The words of its name that stand before, read up to the end of what is given.
 ANY_NAME = re.compile(
@@ -260,8 +263,16 @@ def by_key(key: str) -> re.Pattern[bytes]:
 
 
 def learned(key: str, name: bytes, word: bytes) -> Dialect:
-    """The dialect of a log of nobody's framework: its name for the norm and its word for steps."""
+    """The dialect of a log of nobody's framework: its name for the norm and its word for steps.
+
+    Args:
+        key: The key of the norm.
+        name: How the line writes it.
+        word: The word before the step, empty where the lines tell none.
+    """
     literal, word_literal = re.escape(name), re.escape(word)
     value = re.compile(literal + rb"(?<![\w./@-]" + literal + rb")" + _GAP + TEXT)
+    if not word:
+        return Dialect(UNKNOWN, (name,), value, key=key)
     step = word_literal + rb"(?<![A-Za-z_/]" + word_literal + rb")" + _COUNT
     return Dialect(UNKNOWN, (name, word), value, re.compile(step), key, whole=_whole(step, value))

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normtune.records import SUFFIX
+from normtune.sources.keys import role
+from normtune.sources.mlflow import metric_name
+from normtune.sources.tables import Asked
 
 MOST_ENTRIES = 50_000
 MOST_TRIED = 40
@@ -35,14 +38,19 @@ class Candidate:
     order: tuple[float, ...]
 
 
-def candidates(folder: Path) -> list[Candidate]:
-    """The sources below `folder`, the best first; links are followed, but never twice."""
+def candidates(folder: Path, key: str | None = None) -> list[Candidate]:
+    """The sources below `folder`, the best first; links are followed, but never twice.
+
+    Args:
+        folder: Where to look.
+        key: The norm that is asked for, which may be a metric that no name gives away.
+    """
     files = list(_files(folder))
     events = [path for path in files if _EVENTS.search(path.name)]
     found = [_of_events(group) for group in _by_folder(events)]
     for path in files:
-        rank = _rank(path)
-        if rank is not None and not _EVENTS.search(path.name):
+        rank = None if _EVENTS.search(path.name) else _rank(path, key)
+        if rank is not None:
             found.append(Candidate((path,), rank, _order(path)))
     return sorted(found, key=lambda c: (c.rank, tuple(-n for n in c.order), str(c.paths[0])))
 
@@ -55,16 +63,17 @@ def also(rest: Sequence[str]) -> list[str]:
     return [f"not read: {', '.join(rest[:5])}{more}"]
 
 
-def refusal(folder: Path, found: Sequence[Candidate], refusals: Sequence[str]) -> str:
+def refusal(folder: Path, refusals: Sequence[str]) -> str:
     """Why a folder gives no norms."""
-    if not found:
+    if not refusals:
         return (
-            f"{folder} holds no log that normtune knows: no record, trainer_state.json, metrics.csv, "
-            "event file, .wandb file, mlruns, JSON Lines or text log"
+            f"{folder} holds no log that normtune knows: no record, trainer_state.json, "
+            "metrics.csv, event file, .wandb file, mlruns, JSON Lines or text log"
         )
-    asked = [text for text in refusals if "--key" in text]
-    several = f" (and {len(refusals) - 1} more sources without norms)" if len(refusals) > 1 else ""
-    return (asked or list(refusals))[0] + several
+    more = len(refusals) - 1
+    return refusals[0] + (
+        f" (and {more} more source{'s' * (more > 1)} without norms)" if more else ""
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -121,15 +130,28 @@ def _by_folder(paths: Sequence[Path]) -> list[list[Path]]:
 
 
 def _of_events(group: Sequence[Path]) -> Candidate:
-    paths = tuple(sorted(group, key=lambda path: (_numbers(path.name)[:1], path.name)))
-    return Candidate(paths, 4, _order(paths[-1]))
+    paths = tuple(sorted(group, key=lambda path: (_time(path), path.name)))
+    return Candidate(paths, 4, (_time(paths[-1]), *_order(paths[-1])))
 
 
+_CONFIGS = frozenset(
+    {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "args.json",
+        "training_args.json",
+        "wandb-metadata.json",
+        "hparams.json",
+    }
+)
 _RANKS: tuple[tuple[int, Callable[[Path], bool]], ...] = (
     (0, lambda path: path.name.endswith((SUFFIX, SUFFIX + ".gz"))),
     (1, lambda path: path.name == "trainer_state.json"),
     (2, lambda path: path.name in ("metrics.csv", "measurements.csv", "progress.csv")),
-    (2, lambda path: "metrics" in path.parts and "mlruns" in path.parts),
     (3, lambda path: path.suffix == ".wandb"),
     (
         5,
@@ -144,15 +166,12 @@ _RANKS: tuple[tuple[int, Callable[[Path], bool]], ...] = (
     (8, lambda path: path.suffix in _TEXT or path.name.endswith((".log.gz", ".txt.gz"))),
     (9, lambda path: path.suffix == ".json" and path.name not in _CONFIGS),
 )
-_CONFIGS = frozenset(
-    {
-        "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "generation_config.json",
-        "special_tokens_map.json", "args.json", "training_args.json", "wandb-metadata.json", "hparams.json",
-    }
-)  # fmt: skip
 
 
-def _rank(path: Path) -> int | None:
+def _rank(path: Path, key: str | None) -> int | None:
+    if "metrics" in path.parts and "mlruns" in path.parts:
+        name = metric_name(str(path))
+        return 2 if role(name) != "other" or Asked(key).matches(name) else None
     return next((rank for rank, fits in _RANKS if fits(path)), None)
 
 
@@ -167,8 +186,12 @@ def _order(path: Path) -> tuple[float, ...]:
         written = 0.0
     if path.name == "trainer_state.json" and not path.parent.name.startswith("checkpoint-"):
         return (float("inf"), written)
-    numbers = _numbers(path.parent.name)
-    return (float(numbers[-1]) if numbers else 0.0, written)
+    return (*map(float, _numbers(path.parent.name)), written)
+
+
+def _time(path: Path) -> float:
+    """The time in the name of an event file."""
+    return float(next(iter(_numbers(path.name)), 0))
 
 
 def _numbers(name: str) -> list[int]:

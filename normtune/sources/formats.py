@@ -15,8 +15,8 @@ SAMPLE = 1 << 16
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?\s*[,\]]|(?:NaN|null)\b")
 FIRST_LINE = 1 << 21  # a config object of mmcv's may fill the first line of JSON Lines
 _BINARY = {
-    b"SQLite format 3\0": "an SQLite database; export the metric to CSV, or give the run's text log",
-    b"PK\x03\x04": "a zip archive (a checkpoint or an .npz); give the run's log, such as trainer_state.json",
+    b"SQLite format 3\0": "an SQLite database; export the metric to CSV and give that",
+    b"PK\x03\x04": "a zip archive, such as a checkpoint; give the run's log",
     b"PAR1": "a Parquet file; convert it with pandas and pass the column to normtune.suggest",
     b"\x93NUMPY": "a numpy file; pass numpy.load(...) to normtune.suggest",
     b"\x80\x02": "a pickle, which normtune does not open; give the run's log",
@@ -76,7 +76,10 @@ def _refuse_binary(start: bytes, data: Bytes) -> None:
     text = b"\t\n\r\x0b\x0c\x1b\x08" + bytes(range(32, 256))
     odd = len(start.translate(None, text))
     if odd > 0.05 * len(start):
-        message = f"{data.name} is binary and of no kind that normtune knows; give the run's log, such as trainer_state.json, metrics.csv or the console text"
+        message = (
+            f"{data.name} is binary and of no kind that normtune knows; give the run's log, "
+            "such as trainer_state.json, metrics.csv or the console text"
+        )
         raise RecordError(message)
 
 
@@ -108,7 +111,7 @@ def _parses(line: bytes) -> bool:
 
 
 def _opens_document(text: bytes) -> bool:
-    """A brace or bracket, then what JSON allows after it; a log line such as ``[2022-..`` has not."""
+    """A brace or bracket and what JSON allows after it; a line such as ``[2022-..`` has not."""
     inner = text[1:].lstrip()
     if text.startswith(b"{"):
         return inner.startswith((b'"', b"}"))

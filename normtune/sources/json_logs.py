@@ -16,6 +16,7 @@ from normtune.sources.rows import DEEPEST, Rows
 from normtune.sources.streams import Bytes
 from normtune.sources.tables import Asked, Reading
 
+LOOKED = 20  # rows that are searched for a max_norm
 LARGEST = 1 << 26  # bytes of one document; from a larger one only its flat objects are taken
 _FLAT = re.compile(rb"\{[^{}]{0,100000}\}")
 _STEPS = ("steps", "step", "global_step", "iterations", "iteration")
@@ -26,7 +27,7 @@ def read_lines(data: Bytes, asked: Asked) -> Reading:
     reading = Reading(data.name, "JSON Lines")
     rows = Rows(asked)
     for lines in data.lines():
-        whole = _objects(lines)
+        whole = _objects(lines, plain=reading.looked >= LOOKED)
         if whole is not None:
             rows.extend(whole)
             continue
@@ -66,10 +67,10 @@ def flat_objects(data: Bytes) -> Iterator[dict[str, Any]]:
         rest = block[end:][-200_000:]
 
 
-def _objects(lines: list[bytes]) -> list[dict[str, Any]] | None:
+def _objects(lines: list[bytes], *, plain: bool) -> list[dict[str, Any]] | None:
     """The rows of a block of lines at once, or None where the lines need a look each."""
     text = b",".join(lines)
-    if b"clip" in text or b"max_grad_norm" in text:
+    if not plain and (b"clip" in text or b"max_grad_norm" in text):
         return None
     try:
         rows = json.loads(b"[" + text + b"]")
@@ -86,7 +87,8 @@ def _take_line(line: bytes, rows: Rows, reading: Reading) -> None:
         reading.torn += 1
         return
     rows.take(row)
-    if b"clip" in line or b"max_grad_norm" in line:
+    if reading.looked < LOOKED and (b"clip" in line or b"max_grad_norm" in line):
+        reading.looked += 1
         stated = in_mapping(row)
         if math.isnan(stated):  # mmcv writes its config as one string
             stated = in_text(line)
@@ -175,7 +177,10 @@ class _Walk:
         if not node or not _plain(node[0]):
             return False
         width = len(node[0]) if isinstance(node[0], list) else 0
-        if width > 3 or not (column := self._rows.columns.get(name) or self._asked.column(name)):
+        column = self._rows.columns.get(name)
+        if column is None:
+            column = self._asked.column(name)
+        if column is None:
             return width == 0
         self._rows.columns[name] = column
         for i, item in enumerate(node):

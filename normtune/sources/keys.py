@@ -9,9 +9,9 @@ from typing import Literal
 Role = Literal["before", "total", "weak", "after", "epoch", "part", "other"]
 """What a name says of its values.
 
-``before``: a total norm, expressly before clipping. ``total``: a total norm. ``weak``: a name like
-``norm`` that may be one. ``after``: a total norm, expressly after clipping. ``epoch``: its mean over
-an epoch. ``part``: the norm of a layer or group of parameters. ``other``: no gradient norm.
+``before``: a total norm, expressly before clipping. ``total``: a total norm. ``weak``: a name
+like ``norm`` that may be one. ``after``: a total norm, expressly after clipping. ``epoch``: its
+mean over an epoch. ``part``: the norm of a layer or group. ``other``: no gradient norm.
 """
 
 _GRAD = r"(?:grad|grads|gradient|gradients|g)"

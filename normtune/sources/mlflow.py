@@ -30,7 +30,8 @@ def read(data: Bytes, asked: Asked) -> Reading:
     if column is None and asked.key is None:
         reading.hint = f"its name says {name!r}"
         return reading
-    column = column or Column(name)
+    if column is None:
+        column = Column(name)
     column.family = family(name, _siblings(data.path))
     for lines in data.lines():
         for line in lines:

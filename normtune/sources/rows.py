@@ -10,11 +10,33 @@ from normtune.sources.numbers import is_blank, number, whole
 from normtune.sources.tables import Asked, Column
 
 STEP_KEYS = (
-    "train/global_step", "trainer/global_step", "training/global_step", "step", "global_step", "_step",
-    "num_updates", "train/step", "train_step", "iteration", "iter", "global_step/max_steps",
-    "training_iteration", "update", "updates", "n_updates", "num_steps", "steps", "iterations",
-    "current_steps", "it", "optim_step", "optimizer_step", "batch", "batch_idx", "training/iteration",
-)  # fmt: skip
+    "train/global_step",
+    "trainer/global_step",
+    "training/global_step",
+    "step",
+    "global_step",
+    "_step",
+    "num_updates",
+    "train/step",
+    "train_step",
+    "iteration",
+    "iter",
+    "global_step/max_steps",
+    "training_iteration",
+    "update",
+    "updates",
+    "n_updates",
+    "num_steps",
+    "steps",
+    "iterations",
+    "current_steps",
+    "it",
+    "optim_step",
+    "optimizer_step",
+    "batch",
+    "batch_idx",
+    "training/iteration",
+)
 DEEPEST = 8
 MOST_NAMES = 10_000  # names remembered; a log with more of them is no log of scalars
 
@@ -132,7 +154,7 @@ class Rows:
         epoch = row.get("epoch")
         if epoch is None or step is None or type(epoch) not in (int, float):
             return step
-        return self._clock.step(epoch, step)  # type: ignore[arg-type]
+        return self._clock.step(epoch, step)
 
     def _first_step(self, row: Mapping[str, Any]) -> int | None:
         for key in STEP_KEYS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from normtune.errors import RecordError
 from normtune.sources.tables import Column, Floats, Integers
 
+CHUNK = 1 << 20
 FURTHEST_COPY = 64  # rows: so many ranks or loggers may print one line each
 NOT_COMPUTED = -1.0  # lingua's sentinel
 
@@ -78,7 +80,7 @@ def pick(found: Series, attempt: int | None, where: str) -> Series:
             else f"run {attempt if attempt > 0 else n + 1 + attempt} is taken"
         )
         notes.append(
-            f"several runs or repeated steps: {_runs(n)} in this file with {_listed(sizes)} values, "
+            f"several runs or repeated steps: {_runs(n)} in the file with {_listed(sizes)} values, "
             f"{taken}; --attempt picks"
         )
     if attempt == 0 or n == 1:
@@ -99,20 +101,44 @@ def cadence(steps: Integers | None, *, mean: bool = False) -> tuple[int, list[st
     """
     if steps is None:
         return 1, ["the log has no step numbers: its values are counted from 1"]
-    gaps = np.diff(steps)
-    gaps = gaps[gaps > 0]
-    if not len(gaps):
+    gaps = gap_counts(steps)
+    if not gaps:
         return 1, []
-    usual = int(np.median(gaps))
+    usual = _median(gaps)
     notes = [f"a thin sample: one value in {usual} steps"] if usual > 1 and not mean else []
-    if np.count_nonzero(gaps != usual) > 0.1 * len(gaps):
-        notes.append(f"uneven cadence: {gaps.min()} to {gaps.max()} steps between values")
-    repeated = len(steps) - len(np.unique(steps)) if np.any(np.diff(steps) <= 0) else 0
+    if sum(gaps.values()) - gaps[usual] > 0.1 * sum(gaps.values()):
+        notes.append(f"uneven cadence: {min(gaps)} to {max(gaps)} steps between values")
+    repeated = 0 if is_rising(steps) else len(steps) - len(np.unique(steps))
     if repeated:
         notes.append(
             f"several runs or repeated steps: {repeated} steps occur again, all are counted"
         )
     return usual, notes
+
+
+def is_rising(steps: Integers) -> bool:
+    """Whether every step is larger than the one before."""
+    return bool(np.all(steps[1:] > steps[:-1]))
+
+
+def gap_counts(steps: Integers) -> Counter[int]:
+    """How often each gap between steps occurs, backward ones left out; in little memory."""
+    counts: Counter[int] = Counter()
+    for start in range(0, len(steps) - 1, CHUNK):
+        gaps, times = np.unique(np.diff(steps[start : start + CHUNK + 1]), return_counts=True)
+        for gap, n in zip(gaps[gaps > 0].tolist(), times[gaps > 0].tolist(), strict=True):
+            counts[gap] += n
+    return counts
+
+
+def _median(counts: Counter[int]) -> int:
+    """The gap in the middle; of two the smaller."""
+    left = (sum(counts.values()) + 1) // 2
+    for gap in sorted(counts):
+        left -= counts[gap]
+        if left <= 0:
+            return gap
+    return 1
 
 
 def _drop_not_computed(found: Series, key: str, where: str) -> None:
@@ -124,6 +150,9 @@ def _drop_not_computed(found: Series, key: str, where: str) -> None:
         lowest = found.norms[negative & ~sentinel][0]
         message = f"{key} in {where} holds negative values such as {lowest:.3g}: it is no norm"
         raise RecordError(message)
+    if sentinel.all():
+        message = f"{key} in {where} is -1 everywhere: the norm was never computed"
+        raise RecordError(message)
     _keep(found, ~sentinel)
     found.notes.append(f"{np.count_nonzero(sentinel)} values of -1 (not computed) left out")
 
@@ -131,7 +160,7 @@ def _drop_not_computed(found: Series, key: str, where: str) -> None:
 def _drop_copies(found: Series) -> None:
     """Drop rows that repeat a step and its value, as other ranks and other loggers print them."""
     steps, norms = found.steps, found.norms
-    if steps is None or len(steps) < 2 or np.all(np.diff(steps) > 0):
+    if steps is None or len(steps) < 2 or is_rising(steps):
         return
     copy = np.zeros(len(steps), dtype=bool)
     for lag in range(1, min(FURTHEST_COPY, len(steps) - 1) + 1):
@@ -156,12 +185,12 @@ def _keep(found: Series, kept: npt.NDArray[np.bool_]) -> None:
 
 def _tell_runs_apart(found: Series) -> None:
     """A run begins where the steps fall back to the first one; a resume falls back less far."""
-    if found.steps is None or len(found.steps) < 2:
+    if found.steps is None or is_rising(found.steps):
         return
     steps = found.steps
     gaps = np.diff(steps)
-    forward = gaps[gaps > 0]
-    slack = int(np.median(forward)) if len(forward) else 0
+    counts = gap_counts(steps)
+    slack = _median(counts) if counts else 0
     starts, start = [0], int(steps[0])
     for fall in np.flatnonzero(gaps < 0) + 1:
         if steps[fall] <= start + slack:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from normtune.errors import RecordError
 
@@ -23,13 +23,12 @@ Progress = Callable[[int, int], None]
 BLOCK = 1 << 20
 LONGEST_LINE = 1 << 21  # longer lines are cut: no log line of norms is
 
-_PACKED: dict[bytes, Callable[[BinaryIO], IO[bytes]]] = {
+_PACKED: dict[bytes, Callable[[BinaryIO], Any]] = {
     b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
-    b"BZh": lambda raw: bz2.BZ2File(raw),
-    b"\xfd7zXZ": lambda raw: lzma.LZMAFile(raw),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
 }
 _MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -46,12 +45,14 @@ class Bytes:
         name: What messages call it.
         progress: Told the bytes read so far and all bytes, or None.
         torn: Set where the compressed data ended before its end.
+        copied: Whether `path` is a temporary copy, so that nothing of the run lies beside it.
         unfinished: Set once the lines reached a last one without its newline.
     """
 
     path: Path
     name: str
     progress: Progress | None = None
+    copied: bool = False
     torn: bool = False
     unfinished: bool = False
 
@@ -112,7 +113,7 @@ class Bytes:
         packed = file is not raw
         left = size
         while packed or left > 0:
-            block = self._read(file, BLOCK if packed else min(BLOCK, left))
+            block = self._read(file, packed=packed, size=BLOCK if packed else min(BLOCK, left))
             if not block:
                 return
             left -= len(block)
@@ -120,9 +121,10 @@ class Bytes:
                 self.progress(min(raw.tell(), size), size)
             yield block
 
-    def _read(self, file: IO[bytes], size: int) -> bytes:
+    def _read(self, file: IO[bytes], *, packed: bool, size: int) -> bytes:
         try:
-            return file.read(size)
+            # Of torn compressed data only read1 gives what came before the tear.
+            return cast("gzip.GzipFile", file).read1(size) if packed else file.read(size)
         except _TORN:
             self.torn = True
             return b""
@@ -133,7 +135,7 @@ def _opened(raw: BinaryIO) -> IO[bytes]:
     raw.seek(0)
     for start, unpack in _PACKED.items():
         if magic.startswith(start):
-            return unpack(raw)
+            return cast("IO[bytes]", unpack(raw))
     return raw
 
 
@@ -194,7 +196,7 @@ def _copied(stream: IO[bytes], name: str, progress: Progress | None) -> Iterator
     with tempfile.NamedTemporaryFile(prefix="normtune-") as copy:
         shutil.copyfileobj(stream, cast("IO[bytes]", copy), BLOCK)
         copy.flush()
-        yield Bytes(Path(copy.name), name, progress)
+        yield Bytes(Path(copy.name), name, progress, copied=True)
 
 
 def _is_pipe(path: Path) -> bool:

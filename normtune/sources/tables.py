@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,9 +29,21 @@ class Column:
     """
 
     __slots__ = (
-        "breaks", "family", "first", "highest", "keep", "key", "last", "lowest", "odd", "points", "role",
-        "sample", "steps", "values",
-    )  # fmt: skip
+        "breaks",
+        "family",
+        "first",
+        "highest",
+        "keep",
+        "key",
+        "last",
+        "lowest",
+        "odd",
+        "points",
+        "role",
+        "sample",
+        "steps",
+        "values",
+    )
 
     def __init__(
         self,
@@ -57,7 +70,10 @@ class Column:
     def add(self, step: int | None, value: float) -> None:
         """Append one value."""
         if self.keep:
-            self.steps.append(UNKNOWN if step is None else step)
+            try:
+                self.steps.append(UNKNOWN if step is None else step)
+            except OverflowError:  # no step number is as large
+                self.steps.append(UNKNOWN)
             self.values.append(value)
             return
         self.points += 1
@@ -67,6 +83,15 @@ class Column:
         if self.first is None:
             self.first = step
         self.last = step
+
+    def extend(self, steps: Sequence[int], values: Sequence[float]) -> None:
+        """Append values."""
+        if self.keep:
+            self.steps.extend(array("q", steps))
+            self.values.extend(array("d", values))
+            return
+        for step, value in zip(steps, values, strict=True):
+            self.add(step, value)
 
     def refuse(self, cell: object) -> None:
         """Count a cell that is no number."""
@@ -102,6 +127,7 @@ class Reading:
         notes: Sentences on what was left out.
         hint: What to tell a user whose file holds no norms.
         torn: Lines or records that could not be read.
+        looked: Rows that were searched for a max_norm.
     """
 
     path: str
@@ -112,6 +138,7 @@ class Reading:
     notes: list[str] = field(default_factory=list)
     hint: str = ""
     torn: int = 0
+    looked: int = 0
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ def _json(text: bytes) -> Any:
 
 
 def _tagged(value: bytes) -> tuple[str, float | bytes | None]:
-    tag, found = "", None
+    tag = ""
+    found: float | bytes | None = None
     for field, content in fields(value):
         if field == 1 and isinstance(content, bytes):
             tag = content.decode(errors="replace")

@@ -31,6 +31,7 @@ from normtune.sources.tables import Asked, Column, Reading
 ENOUGH = 20  # lines that are worth to be read at once
 LONGEST = 1 << 16  # bytes of a line that are searched
 MOST_COLUMNS = 500
+MOST_SEARCHED = 1 << 22  # bytes of lines that speak of clipping
 _PLACES = {id(dialect): i for i, dialect in enumerate(DIALECTS)}
 _OTHER = len(DIALECTS)
 _COLOUR = re.compile(rb"\x1b\[[0-9;:?]{0,30}[A-Za-z]")
@@ -84,19 +85,19 @@ class _Lines:
         self._dialect: Dialect | None = None
         self._clocks: dict[int, EpochClock] = {}
         self._context: int | None = None
-        self._rank: bytes | None = None
+        self._rank: bytes | None = None  # the rank that is read
+        self._speaker: bytes | None = None  # the rank of this line
         self._epoch = (-1.0, -1.0)  # the last one, and where this run began
         self._width = 0
+        self._stepless = 0  # lines in a row that tell a norm but no step
+        self._searched = 0  # bytes searched for a max_norm
         self._own = by_key(asked.key) if asked.key else None
         self._own_hint = asked.key.lower().encode() if asked.key else b"\0"
 
     def take(self, lines: list[bytes], *, unfinished: bool) -> None:
         hinted = [line for line in lines if b"norm" in line or b"grad" in line]
         if len(hinted) > ENOUGH and not unfinished and self._at_once(hinted):
-            for line in lines:
-                if b"clip" in line:
-                    self._note_clip(line)
-            return
+            return  # a statement of max_norm has norm or grad in it and prevents this
         own = self._own_hint if self._own else None
         for line in lines:
             if (
@@ -121,9 +122,9 @@ class _Lines:
         if dialect is None or dialect.whole is None or self._own is not None:
             return False
         column = self._columns.get((_PLACES.get(id(dialect), _OTHER), dialect.key))
-        if column is None or not self._is_one_rank(lines):
-            return False
         text = b"\n".join(lines)
+        if column is None or not self._is_one_rank(lines, text):
+            return False
         if b"\x1b" in text:
             text = _COLOUR.sub(b"", text)
         found = dialect.whole.findall(text)
@@ -134,7 +135,9 @@ class _Lines:
             if len(found[0]) == 2:
                 steps = array("q", [int(groups[0]) for groups in found])
             else:
-                steps = array("q", [int(e) * int(n) + int(i) for e, i, n, _ in found])
+                steps = array(
+                    "q", [(int(e) - dialect.first_epoch) * int(n) + int(i) for e, i, n, _ in found]
+                )
         except (ValueError, OverflowError):
             return False
         column.steps.extend(steps)
@@ -142,10 +145,10 @@ class _Lines:
         self._width = len(found[-1][-1])
         return True
 
-    def _is_one_rank(self, lines: list[bytes]) -> bool:
+    def _is_one_rank(self, lines: list[bytes], text: bytes) -> bool:
         if _RANK.match(lines[0]) or self._rank is not None:
             return all((m := _RANK.match(line)) and m[1] == self._rank for line in lines)
-        return not any(line.startswith((b"[rank", b"[default")) for line in lines)
+        return b"[rank" not in text and b"[default" not in text
 
     def columns(self) -> dict[str, Column]:
         """The columns by key; of dialects that tell the same key the one with most values."""
@@ -179,15 +182,12 @@ class _Lines:
                 self._note_step(line)
 
     def _is_copy(self, line: bytes) -> bool:
-        """Whether the line is another rank's; the first rank that tells a norm is read."""
-        if not line.startswith((b"[rank", b"[default")) and not line[:1].isdigit():
-            return False
-        match = _RANK.match(line)
-        if match is None or b"norm" not in line:
-            return False
-        if self._rank is None and (b"grad" in line or b"norm:" in line):
-            self._rank = match[1]
-        return match[1] != self._rank
+        """Whether another rank prints this; the first rank that tells a norm is read."""
+        self._speaker = None
+        if line.startswith((b"[rank", b"[default")) or line[:1].isdigit():
+            match = _RANK.match(line)
+            self._speaker = match[1] if match else None
+        return self._rank is not None and self._speaker not in (None, self._rank)
 
     def _speak(self, dialect: Dialect, line: bytes, *, unfinished: bool) -> bool:
         for literal in dialect.needs:
@@ -201,7 +201,8 @@ class _Lines:
             found = dialect.step.search(line)
             if found is None:
                 return False
-            step = self._step(_PLACES.get(id(dialect), _OTHER), found.groups())
+            place = _PLACES.get(id(dialect), _OTHER)
+            step = self._step(place, found.groups(), dialect.first_epoch)
         if not dialect.many:
             return self._value(dialect, step, match, unfinished=unfinished)
         values = [
@@ -254,10 +255,11 @@ class _Lines:
         if value is None:
             return False
         self._width = len(text)
+        self._rank = self._rank or self._speaker
         column.add(step, value)
         return True
 
-    def _step(self, place: int, groups: tuple[bytes | None, ...]) -> int | None:
+    def _step(self, place: int, groups: tuple[bytes | None, ...], first: int = 0) -> int | None:
         if len(groups) == 1 and groups[0] is not None and groups[0].isdigit():
             return int(groups[0][:18])
         counts = [group for group in groups if group is not None and group[:1].isdigit()]
@@ -265,7 +267,7 @@ class _Lines:
             return whole(counts[0].decode())
         numbers = [int(group[:15]) for group in counts]
         if len(numbers) == 3 and numbers[2] >= numbers[1]:
-            return numbers[0] * numbers[2] + numbers[1]
+            return (numbers[0] - first) * numbers[2] + numbers[1]
         return self._clocks.setdefault(place, EpochClock()).step(numbers[0], numbers[1])
 
     def _any(self, line: bytes, *, unfinished: bool) -> bool:
@@ -284,8 +286,10 @@ class _Lines:
                 step, word = self._any_step(line)
             if self._add(column, step, match, unfinished=unfinished):
                 taken.append((key, name))
-        if len(taken) == 1 and word and self._asked.key is None:
-            self._dialect = learned(*taken[0], word)
+        if len(taken) == 1 and self._asked.key is None:
+            self._stepless = 0 if word else self._stepless + 1
+            if word or self._stepless > ENOUGH:
+                self._dialect = learned(*taken[0], word)
         return bool(taken)
 
     def _named(self, line: bytes) -> Iterator[tuple[bytes, re.Match[bytes]]]:
@@ -325,7 +329,11 @@ class _Lines:
             self._context = int(found[1][:15])
 
     def _note_clip(self, line: bytes) -> None:
-        if b"clip" in line or b"CLIP" in line or b"max_grad_norm" in line:
+        said = (
+            b"clip" in line or b"CLIP" in line or b"max_grad_norm" in line or b'"max_norm"' in line
+        )
+        if said and self._searched < MOST_SEARCHED:
+            self._searched += len(line)
             stated = in_text(line)
             if not math.isnan(stated):
                 self._reading.max_norm, self._reading.stated = stated, "the log itself"
