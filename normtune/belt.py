@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 # A warm-up can die at its third step or at its hundredth (EVIDENCE): a few steps make a median.
@@ -24,6 +25,18 @@ class Belt:
         self.until = until
         self.rule = rule
         self._sorted: list[float] = []
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Belt:
+        """The belt that `state` was taken from."""
+        belt = cls(int(state["until"]), state["rule"])
+        belt._sorted = sorted(state["seen"])
+        return belt
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint; a rule that is a function cannot be among them."""
+        rule = self.rule if isinstance(self.rule, str) else None
+        return {"until": self.until, "rule": rule, "seen": list(self._sorted)}
 
     def limit(self, norm: float) -> float:
         """Infinity while all is well, 10 x the running median for a spike, 0.0 to skip the step."""

@@ -44,7 +44,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 still gets its line
-    app()
+    app(prog_name="normtune")
 
 
 def _one_line(command: Callable[P, None]) -> Callable[P, None]:

@@ -10,19 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from normtune.trials import (
-    Arm,
-    Arms,
-    Settings,
-    Trial,
-    choose_arms,
-    loss,
-    loss_of,
-    rates,
-    same,
-    settle,
-    unbracketed,
-)
+from normtune.arms import Arms, choose_arms, rates, unbracketed
+from normtune.trials import Arm, Settings, Trial, explored, find, loss, loss_of, same, settle
 
 Relation = Literal["better", "worse", "equal", "undecided"]
 Kind = Literal[1, 2, 3, 4, 5, 6, "none"]
@@ -128,7 +117,8 @@ def compare(
         raise ValueError(message)
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     failed_a, failed_b = int(np.sum(~np.isfinite(x))), int(np.sum(~np.isfinite(y)))
-    pairs = (x - y)[np.isfinite(x) & np.isfinite(y)]
+    both = np.isfinite(x) & np.isfinite(y)
+    pairs = x[both] - y[both]
     interval = _interval(pairs, level, noise or Noise())
     relation, reason = _relate(interval, margin, failed_a, failed_b)
     if identical:
@@ -772,8 +762,6 @@ def _seeds_words(runs: Runs) -> str:
 
 def _lead(runs: Runs) -> str:
     """The sentence of a study without fresh seeds."""
-    from normtune.trials import explored, find
-
     settings = runs.settings
     base = find(runs.all, runs.arms.none, settings.seed)
     trained = sum(t.ended and not t.free for t in runs.all)

@@ -19,7 +19,7 @@ EPSILON = 1e-6  # the one in torch's coefficient, max_norm / (total_norm + 1e-6)
 def unwrapped(target: Any) -> Any:
     """The optimizer inside wrappers that hold it as ``.optimizer`` (Accelerate, DeepSpeed)."""
     seen = 0
-    while not isinstance(target, torch.optim.Optimizer) and seen < 10:
+    while not hasattr(target, "_optimizer_step_pre_hooks") and seen < 10:
         inner = getattr(target, "optimizer", None)
         if inner is None or not hasattr(inner, "param_groups"):
             break

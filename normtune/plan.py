@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from normtune.arms import choose_arms, clipping_leads, ranked, rates, unbracketed
 from normtune.comparison import Runs, Verdict, verdict
+from normtune.surrogate import propose
 from normtune.trials import (
     Arm,
     Direction,
@@ -15,16 +17,10 @@ from normtune.trials import (
     Stage,
     State,
     Trial,
-    choose_arms,
-    explored,
     find,
-    loss_of,
-    ranked,
-    rates,
     same,
     settle,
     state_of,
-    unbracketed,
 )
 
 if TYPE_CHECKING:
@@ -321,74 +317,12 @@ def _spaced(state: _State) -> list[tuple[float, str]]:
 
 
 def _asked(state: _State) -> list[Planned]:
-    """The sampler's next value, unless it was run already; then the middle of the widest gap."""
-    settings = state.settings
-    runs = explored(settings, state.trials)
-    value = propose(settings, runs)
-    crashed = {t.max_norm for t in state.crashed}
-    if any(same(value, t.max_norm) for t in runs) or value in crashed:
-        value = _widest(settings, [t.max_norm for t in runs] + sorted(crashed))
-    return [state.planned((value, 1.0), settings.seed, "explore", "proposed by the sampler")]
-
-
-def _widest(settings: Settings, taken: Sequence[float]) -> float:
-    inside = {v for v in taken if settings.low < v < settings.high}
-    points = sorted({settings.low, settings.high} | inside)
-    a, b = max(itertools.pairwise(points), key=lambda pair: pair[1] / pair[0])
-    return math.sqrt(a * b)
-
-
-def propose(settings: Settings, runs: Sequence[Trial]) -> float:
-    """A max_norm from a fresh Optuna GPSampler over the explored values at one learning rate.
-
-    Args:
-        settings: The study's settings.
-        runs: Trained clipped runs of the explore seed; running ones count as middling, so that
-            parallel slots are not sent to the same place.
-    """
-    import optuna
-
-    inside = [t for t in runs if settings.low <= t.max_norm <= settings.high]
-    losses = [loss_of(t, settings.direction) for t in inside]
-    finite = sorted(v for t, v in zip(inside, losses, strict=True) if math.isfinite(v))
-    if not finite:
-        return _widest(settings, [t.max_norm for t in runs])
-    worst, middle = finite[-1], finite[len(finite) // 2]
-    space = optuna.distributions.FloatDistribution(settings.low, settings.high, log=True)
-    sampler = optuna.samplers.GPSampler(
-        seed=settings.seed + sum(t.ended for t in inside), n_startup_trials=len(inside)
-    )
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        study = optuna.create_study(sampler=sampler)
-        for trial, value in zip(inside, losses, strict=True):
-            told = middle if trial.state == "running" else min(value, worst)
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params={"max_norm": trial.max_norm},
-                    distributions={"max_norm": space},
-                    value=told,
-                )
-            )
-        return float(study.ask({"max_norm": space}).params["max_norm"])
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+    """The surrogate's next value."""
+    value = propose(state.settings, [*state.trials, *state.crashed])
+    return [state.planned((value, 1.0), state.settings.seed, "explore", "proposed from the rest")]
 
 
 # --- learning rate -----------------------------------------------------------------------------
-
-
-def clipping_leads(settings: Settings, trials: Sequence[Trial]) -> bool:
-    """Whether a clipped value is better than no clipping on the explore seed."""
-    base = find(trials, (math.inf, 1.0), settings.seed)
-    order = ranked(settings, trials)
-    if base is None or not order:
-        return False
-    best = find(trials, (order[0], 1.0), settings.seed)
-    return best is not None and loss_of(best, settings.direction) < loss_of(
-        base, settings.direction
-    )
 
 
 def _learning_rate(state: _State) -> Plan | None:

@@ -256,7 +256,7 @@ class NormRecorder:
             "attempt": store.head["attempt"],
             "steps": dict(self._buffer.counts),
             "max_norm": self._max_norm,
-            "warmup_until": self._belt.until if self._belt else None,
+            "warmup": self._belt.state() if self._belt else None,
             "kept": store.state() if isinstance(store, MemoryStore) else None,
         }
 
@@ -275,8 +275,8 @@ class NormRecorder:
         self._buffer.restart(again)
         self._count_on(counts)
         self.max_norm = state.get("max_norm")
-        if state.get("warmup_until") is not None:
-            self._belt = Belt(int(state["warmup_until"]), None)
+        warmup = state.get("warmup")
+        self._belt = Belt.of(warmup) if warmup else None
 
     def _count_on(self, counts: Mapping[str, int]) -> None:
         self._buffer.counts.update(counts)

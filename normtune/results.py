@@ -69,7 +69,7 @@ class SearchResult:
 def format_result(result: SearchResult) -> str:
     """The table of arms, the sentence, and what it says of the suggestion."""
     verdict = result.verdict
-    lines = [*_runs_line(result), ""]
+    lines = [_runs_line(result), result.why_ended, ""]
     if verdict.arms:
         lines += [*_table(verdict.arms), ""]
     lines += [verdict.sentence, _about_suggestion(result)]
@@ -77,15 +77,16 @@ def format_result(result: SearchResult) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _runs_line(result: SearchResult) -> list[str]:
-    trained = [t for t in result.trials if not t.free and t.state != "running"]
+def _runs_line(result: SearchResult) -> str:
+    ended = [t for t in result.trials if not t.free and t.state != "running"]
     free = sum(t.free for t in result.trials)
-    failed = sum(t.state in ("diverged", "stuck") for t in trained)
-    minutes = sum(t.seconds for t in trained if math.isfinite(t.seconds)) / 60
-    crashed = sum(t.state == "crashed" for t in trained)
-    more = f", {crashed} crashed" if crashed else ""
-    head = f"study {result.name}: {count(len(trained), 'training')} in {number(minutes)} minutes of training"
-    return [f"{head}, {free} more free of cost, {failed} failed{more}; {result.why_ended}"]
+    failed = sum(t.state in ("diverged", "stuck") for t in ended)
+    crashed = sum(t.state == "crashed" for t in ended)
+    seconds = sum(t.seconds for t in ended if math.isfinite(t.seconds))
+    took = f"{number(seconds)} s" if seconds < 120 else f"{number(seconds / 60)} minutes"
+    parts = [f"study {result.name}: {count(len(ended), 'training')}, {took} in all"]
+    named = ((free, "more copied from them"), (failed, "failed"), (crashed, "crashed"))
+    return ", ".join([*parts, *(f"{n} {what}" for n, what in named if n)])
 
 
 HEADER = ("arm", "max_norm", "rate", "clipped", "failed", "value", "sd", "against no clipping")

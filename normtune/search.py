@@ -40,11 +40,14 @@ class Recorded:
     suggestion: Suggestion
 
 
-def record_study(path: str | os.PathLike[str]) -> Recorded:
+def record_study(
+    path: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None
+) -> Recorded:
     """Run the unclipped warm-up of a study, stop it by itself, and suggest a max_norm.
 
     Args:
-        path: The study file. The record is written beside it, as ``<name>.norms.jsonl``.
+        path: The study file.
+        output: The record file; ``<name>.norms.jsonl`` beside the study file without it.
 
     Raises:
         StudyError: If the study file or the training is at fault.
@@ -52,7 +55,7 @@ def record_study(path: str | os.PathLike[str]) -> Recorded:
     """
     study = _load(path)
     with _locked(study):
-        file = study.folder / f"{study.name}{SUFFIX}"
+        file = Path(output) if output else study.folder / f"{study.name}{SUFFIX}"
         task = replace(warmup_task(study, study.threads(1)), record=file)
         record = carried_out(task)
     return Recorded(file, record, suggest(record, rule=study.config.rule))

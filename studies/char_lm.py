@@ -1,9 +1,8 @@
 """A character LSTM on the Python documentation, with SGD at a high learning rate.
 
 Clipping matters here: without it some batches throw the weights so far off that the model ends no
-better than it began. The text is that of
-Python's own `help()`, so nothing is downloaded; it differs between Python versions, and every
-record keeps its hash.
+better than it began. The text is that of Python's own `help()`, so nothing is downloaded; it
+differs between Python versions, and every record keeps its hash.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from torch.nn.functional import cross_entropy
 TEXT = "\n".join(topics[name] for name in sorted(topics))
 LENGTH = 48  # characters in one training example
 BATCH = 32
-DEFAULTS = {"lr": 30.0, "steps": 480, "hidden": 64}
+DEFAULTS = {"lr": 30.0, "steps": 400, "hidden": 96}
 
 
 class CharLM(nn.Module):

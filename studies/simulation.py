@@ -28,7 +28,7 @@ import numpy as np
 
 from normtune.comparison import Verdict, verdict
 from normtune.plan import Planned, Settings, Trial, free_from, next_runs
-from normtune.trials import choose_arms, find, loss_of
+from normtune.arms import choose_arms, clipping_leads
 
 HERE = Path(__file__).parent
 SHAPES = (
@@ -264,11 +264,8 @@ def found_by_plan(world: World, runs: int) -> list[float]:
 
 def leader(settings: Settings, trials: list[Trial]) -> float:
     """What one would use after these runs: the best value found, or no clipping."""
-    best = choose_arms(settings, trials).best
-    run, base = (find(trials, arm, settings.seed) for arm in (best, (math.inf, 1.0)))
-    if run is None or base is None:
-        return settings.suggestion
-    return best[0] if loss_of(run, "minimize") < loss_of(base, "minimize") else math.inf
+    best = choose_arms(settings, trials).best[0]
+    return best if clipping_leads(settings, trials) or len(trials) < 3 else math.inf
 
 
 def found_by_grid(world: World, runs: int) -> list[float]:

@@ -240,7 +240,7 @@ SAMPLES = (
         "grad_norm", TENS, "unknown", "each step", NORMS),
     Sample("layers.tsv", _csv("step\tgrad_total\tlayer_0", lambda s, n: f"{s}\t{n}\t0.1"), "grad_total",
            TENS, "unknown", "unknown", NORMS),
-    Sample("only.csv", _csv("grad_norm", lambda s, n: f"{n}"), "grad_norm", None, "unknown", "unknown", NORMS),
+    Sample("only.csv", _csv("grad_norm", lambda _, n: f"{n}"), "grad_norm", None, "unknown", "unknown", NORMS),
     Sample("train_log.jsonl", _lines(lambda s, n: json.dumps(
         {"step": s, "grad_norm": n, "loss": 1.0, "param_norm": 1379.4, "x/mu_norm": 0.1})),
         "grad_norm", TENS, "before", MEAN, NORMS),
@@ -324,6 +324,6 @@ SAMPLES = (
     Sample("composer.log", b"".join(f"[batch={s}/3200]:\n\t Train l2_norm/grad/global: {n}\n".encode()
            for s, n in zip(TENS, NORMS, strict=True)), "l2_norm/grad/global", TENS, "after", LAST, NORMS),
     Sample("pretty.log", b"starting\n" + b"".join(
-        f"INFO metrics:\n{{\n  \"loss\": 1.0,\n  \"grad_norm\": {n},\n  \"step\": {s}\n}}\n".encode()
+        f'INFO metrics:\n{{\n  "loss": 1.0,\n  "grad_norm": {n},\n  "step": {s}\n}}\n'.encode()
         for s, n in zip(TENS, NORMS, strict=True)), "grad_norm", TENS, "unknown", "unknown", NORMS),
 )  # fmt: skip

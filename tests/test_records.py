@@ -4,12 +4,12 @@ import errno
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -175,10 +175,9 @@ json_values = st.recursive(
     ),
     max_leaves=5,
 )
-keys = st.sampled_from(
-    "normtune attempt continues step norm kind max_norm lr series skipped groups finding site "
-    "count default by asked imposed blocks text".split()
-)
+KEYS = """normtune attempt continues step norm kind max_norm lr series skipped groups finding
+site count default by asked imposed blocks text"""
+keys = st.sampled_from(KEYS.split())
 json_lines = st.dictionaries(keys, json_values, max_size=6).map(
     lambda line: json.dumps(line).encode()
 )
@@ -220,7 +219,7 @@ def test_reading_never_raises_anything_but_a_record_error(tmp_path_factory, line
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (b"\n\n", "no header line"),
+        (b"\n\n", "is not a normtune record"),
         (b"PK\x03\x04\x00\x00\n", "is not a normtune record"),
         (b"step,norm\n1,2\n", "is not a normtune record"),
         (b'{"step": 1, "norm": 1.0}\n', "no header line"),
@@ -237,7 +236,7 @@ def test_a_file_that_holds_no_norms_is_refused_with_the_reason(tmp_path, content
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such device here")
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device here")
 def test_a_device_that_never_ends_its_line_is_refused():
     """Not read until the memory is full."""
     with pytest.raises(RecordError, match="no lines"):
@@ -373,7 +372,7 @@ def test_a_record_goes_on_where_even_its_header_was_torn(tmp_path, length):
 # --- disks that refuse -----------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
 def test_a_full_disk_keeps_the_lines_and_raises_nothing():
     """Neither write() nor close() raises; what waits is bounded (row 71)."""
     writer = RecordWriter("/dev/full", keep=10)
@@ -521,8 +520,3 @@ def test_a_frame_has_one_row_a_step(tmp_path):
     frame = NormRecord.load(write(tmp_path / "x.norms.jsonl", rows)).to_frame()
     assert list(frame["step"]) == [1, 2]
     np.testing.assert_array_equal(frame["group b"], [0.8, np.nan])
-
-
-def test_file_limits_exist_here():
-    """The test of a full disk needs them."""
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -76,4 +76,4 @@ def test_without_fresh_seeds_nothing_is_claimed():
     explored = [Trial(math.inf, 1.0, 0, "finished", "explore", 2.0)]
     text = str(result_of(settings, explored))
     assert "the suggestion 0.5 was not tried on fresh seeds" in text
-    assert "1 training in" in text
+    assert "study s: 1 training, 0 s in all" in text

@@ -61,7 +61,7 @@ def damaged(content, other, draw):
 
 def survive(path):
     """Read, list and suggest; what is raised must be a refusal of one line, and quick."""
-    began = time.perf_counter()
+    began, refusal = time.perf_counter(), ""
     try:
         record = sources.read(path)
         assert len(record.norms) == len(record.steps) > 0
@@ -70,14 +70,15 @@ def survive(path):
         assert np.isfinite(suggestion.max_norm)
         assert len(record.finite) >= FEWEST
     except (NormtuneError, ValueError) as error:
-        assert "\n" not in str(error)
+        refusal = str(error)
+    assert "\n" not in refusal
     assert time.perf_counter() - began < LONGEST
 
 
 @pytest.mark.parametrize("seed", range(MUTATIONS // 100))
 def test_damaged_logs_are_survived(tmp_path, seed):
     """A hundred random damages of sample logs, of real ones too where they are given."""
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311 - damages need no secrecy
     logs = contents()
     path = tmp_path / "log"
     for _ in range(100):

@@ -61,11 +61,12 @@ KEYS = frozenset(
     }
 )
 _SECTIONS = frozenset({"training", "clip", "clip_grad", "grad_clip", "gradient_clipping"})
+_KINDS = ("gradient_clip_algorithm", "clipping_type", "grad_clip_method")
 _INNER = ("max_norm", "clipping_threshold", "threshold", "value", "clip_val", "val")
 _OFF = frozenset({"none", "null", "false", "off", ""})
 _IN_TEXT = re.compile(
     rb"(?i)(?<![\w])(?:"
-    + b"|".join(k.encode() for k in sorted(KEYS, key=len, reverse=True))
+    + b"|".join(k.replace("_", "[_ -]").encode() for k in sorted(KEYS, key=len, reverse=True))
     + rb")"
     rb"""(?:['"]?\s{0,40}[:=]\s{0,40}|\s\.{2,80}\s{0,4})"""
     rb"(?:dict\(|\{)?\s{0,4}(?:['\"]?max_norm['\"]?\s{0,4}[:=]\s{0,4})?"
@@ -180,7 +181,7 @@ def _stated(node: Any, seen: set[int], parent: str) -> Iterator[float]:
 
 def _by_value(node: Mapping[Any, Any]) -> bool:
     """Whether this part of a config clips by value, so that its number is no max_norm."""
-    kinds = (node.get("gradient_clip_algorithm"), node.get("clipping_type"))
+    kinds = (node.get(name) for name in _KINDS)
     return any(str(kind).lower() in ("value", "adaptive") for kind in kinds)
 
 

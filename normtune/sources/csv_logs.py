@@ -19,6 +19,7 @@ from normtune.sources.streams import Bytes
 from normtune.sources.tables import Asked, Column, Reading
 
 TENSORBOARD = ["wall time", "step", "value"]
+MOST_COLUMNS = 5000
 SAMPLED = 1000  # TensorBoard's download keeps at most so many points
 _OTHER_METRIC = re.compile(
     r"(?i)loss|(?:^|[_-])lr(?:$|[_-])|learning|accura|reward|perplex|(?:^|_)acc(?:$|_)"
@@ -94,7 +95,7 @@ def _header(cells: Sequence[str], asked: Asked, reading: Reading) -> _Table:
     names = [cell.strip() for cell in cells]
     if [name.lower() for name in names] == TENSORBOARD:
         return _download(asked, reading)
-    kept = [(i, asked.column(name)) for i, name in enumerate(names) if name]
+    kept = [(i, asked.column(name)) for i, name in enumerate(names[:MOST_COLUMNS]) if name]
     columns = [(i, column) for i, column in kept if column is not None]
     beside = set(names)
     for _, column in columns:

@@ -120,7 +120,7 @@ DIALECTS = (
         _before("build-nanogpt", "each step"),
         b"norm:",
         b"step",
-        value=_NORM + rb"(?<!grad norm):\s{0,8}",
+        value=rb"[|,\d%]\s{1,4}norm:\s{0,8}",
         step=_STEP + rb":?\s{0,8}(\d+)",
         key="norm",
     ),
@@ -157,9 +157,8 @@ DIALECTS = (
     _line(
         _before("torchtune", "last of window"),
         b"grad_norm:",
-        b"Step ",
-        b" | ",
-        value=_GRAD_NORM + rb":\s{0,8}",
+        b" | loss:",
+        value=_GRAD_NORM + rb":",
         step=rb"Step (\d+) \|",
     ),
     _line(
@@ -186,6 +185,7 @@ DIALECTS = (
     ),
     _line(
         _before("openpi", "mean of window"),
+        b"param_norm=",
         b"grad_norm=",
         b"Step ",
         value=_GRAD_NORM + rb"=",
@@ -239,9 +239,11 @@ ANY_NORM = re.compile(
 )
 # The words of its name that stand before, read up to the end of what is given.
 ANY_NAME = re.compile(
-    rb"(?i)((?:(?:total|global|mean|avg|average|raw|unclipped|clipped|gradients?|grads?|l2|model"
-    rb"|pre-?clip|post-?clip) ){0,3}[\w./@-]{0,80})$"
+    rb"(?i)((?:[a-z][\w.]{0,40} )?(?:(?:total|global|mean|avg|average|raw|unclipped|clipped"
+    rb"|gradients?|grads?|l2|model|pre-?clip|post-?clip) ){0,3}[\w./@-]{0,80})$"
 )
+# A word before the name that says nothing of whose norm it is; any other makes it a part's norm.
+NO_OWNER = re.compile(rb"(?i)(?:info|debug|warning|and|with|the|current|step|iter|of|batch) (?=.)")
 _COUNT = (
     rb"s?['\"]?\s{0,3}[:=#\[(]?\s{0,8}(\d{1,15}(?:\.\d{1,3}[KM])?[KM]?)(?![\d.]{0,20}m?s\b)(?!\w)"
 )

@@ -15,7 +15,7 @@ from normtune.sources.choice import family_of
 from normtune.sources.families import Value
 from normtune.sources.runs import NOT_COMPUTED
 from normtune.sources.streams import Bytes, Progress, unpacked
-from normtune.sources.tables import Asked, Column, Floats, Reading
+from normtune.sources.tables import UNKNOWN, Asked, Column, Floats, Reading
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FoundSeries:
         value: What one value stands for.
         path: The file.
         kind: The family of the file.
-        total: Whether its name says a total norm; False for that of a layer, group or loss.
+        whole: Whether its name says a total norm; False for that of a layer, group or loss.
     """
 
     key: str
@@ -46,7 +46,7 @@ class FoundSeries:
     value: Value
     path: str
     kind: str
-    total: bool = True
+    whole: bool = True
 
 
 def of_files(files: list[Bytes]) -> tuple[FoundSeries, ...]:
@@ -56,7 +56,7 @@ def of_files(files: list[Bytes]) -> tuple[FoundSeries, ...]:
         return _of_record(data)
     reading = formats.reading(files, Asked())
     found = [_found(reading, column) for column in reading.columns.values() if len(column)]
-    return tuple(sorted(found, key=lambda item: not item.total))
+    return tuple(sorted(found, key=lambda item: not item.whole))
 
 
 def of_folder(folder: Path, progress: Progress | None) -> tuple[FoundSeries, ...]:
@@ -94,7 +94,8 @@ def _found(reading: Reading, column: Column) -> FoundSeries:
     if column.keep:
         steps, values = column.arrays()
         low, high = _range(values)
-        first, last = (None, None) if steps is None else (int(steps[0]), int(steps[-1]))
+        known = np.zeros(0) if steps is None else steps[steps != UNKNOWN]
+        first, last = (int(known[0]), int(known[-1])) if len(known) else (None, None)
     return FoundSeries(
         column.key,
         len(column),

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from normtune.errors import RecordError
-from normtune.sources.tables import Column, Floats, Integers
+from normtune.sources.tables import UNKNOWN, Column, Floats, Integers
 
 CHUNK = 1 << 20
 FURTHEST_COPY = 64  # rows: so many ranks or loggers may print one line each
@@ -52,6 +52,7 @@ def series(column: Column, where: str) -> Series:
         found.notes.append(f"{column.odd} cells of text left out, such as {column.sample!r}")
     _drop_not_computed(found, column.key, where)
     _drop_copies(found)
+    _fill_unknown(found)
     _tell_runs_apart(found)
     return found
 
@@ -164,7 +165,7 @@ def _drop_copies(found: Series) -> None:
         return
     copy = np.zeros(len(steps), dtype=bool)
     for lag in range(1, min(FURTHEST_COPY, len(steps) - 1) + 1):
-        near = np.flatnonzero(steps[lag:] == steps[:-lag])
+        near = np.flatnonzero((steps[lag:] == steps[:-lag]) & (steps[lag:] != UNKNOWN))
         if len(near):
             later, earlier = norms[near + lag], norms[near]
             same = (later == earlier) | (np.isnan(later) & np.isnan(earlier))
@@ -172,6 +173,15 @@ def _drop_copies(found: Series) -> None:
     if copy.any():
         _keep(found, ~copy)
         found.notes.append(f"{np.count_nonzero(copy)} copies of the same step and value left out")
+
+
+def _fill_unknown(found: Series) -> None:
+    """A value without a step gets the step before it, at the start of the log the one after."""
+    if found.steps is None or not (unknown := found.steps == UNKNOWN).any():
+        return
+    places = np.arange(len(unknown))
+    before = np.maximum.accumulate(np.where(unknown, np.flatnonzero(~unknown)[0], places))
+    found.steps = found.steps[before]
 
 
 def _keep(found: Series, kept: npt.NDArray[np.bool_]) -> None:

@@ -15,6 +15,7 @@ from normtune.sources.keys import Role, role
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+MOST_UNKNOWN = 0.1  # share of values without a step in a log that has steps
 UNKNOWN = -(1 << 63)  # the step of a value whose step is not logged
 
 
@@ -102,16 +103,14 @@ class Column:
         return len(self.values) if self.keep else self.points
 
     def arrays(self) -> tuple[Integers | None, Floats]:
-        """Steps (None where they are not logged) and values, without a copy."""
+        """Steps and values, without a copy; a step that is not known is UNKNOWN.
+
+        Steps are None where the log has none, or writes many of them rounded (2K).
+        """
         steps = np.frombuffer(self.steps, dtype=np.int64) if self.steps else np.zeros(0, np.int64)
         values = np.frombuffer(self.values, dtype=np.float64) if self.values else np.zeros(0)
-        unknown = steps == UNKNOWN
-        if not unknown.any():
-            return steps, values
-        if np.count_nonzero(unknown) > len(steps) / 2:
-            return None, values
-        known = np.maximum.accumulate(np.where(unknown, 0, np.arange(len(steps))))
-        return steps[known], values
+        few = np.count_nonzero(steps == UNKNOWN) <= MOST_UNKNOWN * len(steps)
+        return (steps if few else None), values
 
 
 @dataclass

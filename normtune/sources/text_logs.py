@@ -16,6 +16,7 @@ from normtune.sources.dialects import (
     CONTEXT,
     DIALECTS,
     EPOCH,
+    NO_OWNER,
     Dialect,
     by_key,
     learned,
@@ -264,7 +265,7 @@ class _Lines:
             return int(groups[0][:18])
         counts = [group for group in groups if group is not None and group[:1].isdigit()]
         if len(counts) == 1:
-            return whole(counts[0].decode())
+            return None if counts[0][-1:] in b"KMB" else whole(counts[0].decode())
         numbers = [int(group[:15]) for group in counts]
         if len(numbers) == 3 and numbers[2] >= numbers[1]:
             return (numbers[0] - first) * numbers[2] + numbers[1]
@@ -300,7 +301,7 @@ class _Lines:
                 return
         for match in ANY_NORM.finditer(line):
             before = ANY_NAME.search(line[max(0, match.start() - 100) : match.start()])
-            start = before[1] if before else b""
+            start = NO_OWNER.sub(b"", before[1]) if before else b""
             yield (start + match[1]).strip(b" -/.@"), match
 
     def _any_step(self, line: bytes) -> tuple[int | None, bytes]:

@@ -1,0 +1,140 @@
+"""Which arms a study compares: the best max_norm explored, the rates tried, and their order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from normtune.surrogate import smoothed
+from normtune.trials import Arm, Settings, Trial, explored, find, loss_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SAME_VALUE = 1.1  # max_norms closer than 10 % give the same training within noise: one arm serves
+BRACKET = 2.0  # neighbours within this factor on both sides bracket the best rate (DESIGN 4)
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Which arms a study compares over fresh seeds.
+
+    Attributes:
+        none: No clipping at the study's own learning rate.
+        best: The best clipped max_norm explored; may be the suggestion itself.
+        suggestion: The suggested max_norm.
+        current: The max_norm of the user's own loop; None where it does not clip.
+        lower: The best two lower learning rates without clipping, best first.
+    """
+
+    none: Arm
+    best: Arm
+    suggestion: Arm
+    current: Arm | None
+    lower: tuple[Arm, ...]
+
+
+def choose_arms(settings: Settings, trials: Sequence[Trial]) -> Arms:
+    """The arms to confirm, from the runs of the explore seed (and the race)."""
+    current = None if settings.current is None else (settings.current, 1.0)
+    return Arms(
+        none=(math.inf, 1.0),
+        best=(_best_max_norm(settings, trials), 1.0),
+        suggestion=(settings.suggestion, 1.0),
+        current=current if current and math.isfinite(current[0]) else None,
+        lower=tuple((math.inf, factor) for factor in best_rates(settings, trials)[:2]),
+    )
+
+
+def ranked(settings: Settings, trials: Sequence[Trial]) -> tuple[float, ...]:
+    """Explored max_norms whose run finished, best first; values within 10 % count once.
+
+    They are ranked by the surrogate's mean, not by their one noisy value: in simulation that
+    leaves .03 of choices further than one sd from the best after 10 runs, against .07.
+    """
+    runs = [t for t in explored(settings, trials) if t.state == "finished"]
+    means = smoothed(settings, trials)
+    kept: list[float] = []
+    for value in sorted((t.max_norm for t in runs), key=lambda c: (means[c], c)):
+        if not any(_close(value, other) for other in kept):
+            kept.append(value)
+    return tuple(kept)
+
+
+def clipping_leads(settings: Settings, trials: Sequence[Trial]) -> bool:
+    """Whether a clipped value does better than no clipping on the explore seed."""
+    base = find(trials, (math.inf, 1.0), settings.seed)
+    order = ranked(settings, trials)
+    if base is None or not base.ended or not order:
+        return False
+    means = smoothed(settings, trials)
+    return math.isinf(loss_of(base, settings.direction)) or means[order[0]] < means[math.inf]
+
+
+def _best_max_norm(settings: Settings, trials: Sequence[Trial]) -> float:
+    order = ranked(settings, trials)
+    best = _winner_of_race(settings, trials, order) or (order[0] if order else settings.suggestion)
+    return settings.suggestion if _close(best, settings.suggestion) else best
+
+
+def _winner_of_race(
+    settings: Settings, trials: Sequence[Trial], order: Sequence[float]
+) -> float | None:
+    """The better of the raced values by its mean over the explore and the race seed."""
+    means = {}
+    for t in trials:
+        if t.stage == "race" and t.ended:
+            first = find(explored(settings, trials), t.arm, settings.seed)
+            if first is not None:
+                runs = (first, t)
+                means[t.max_norm] = sum(loss_of(r, settings.direction) for r in runs) / 2
+    finite = {c: mean for c, mean in means.items() if math.isfinite(mean)}
+    return min(finite, key=lambda c: (finite[c], list(order).index(c))) if finite else None
+
+
+def _close(a: float, b: float) -> bool:
+    return max(a, b) <= SAME_VALUE * min(a, b)
+
+
+def rates(settings: Settings, trials: Sequence[Trial]) -> dict[float, float]:
+    """Unclipped loss of the explore seed by learning-rate factor; inf where the run failed."""
+    return {
+        t.lr_factor: loss_of(t, settings.direction)
+        for t in sorted(trials, key=lambda t: -t.lr_factor)
+        if t.stage in ("explore", "lr")
+        and t.seed == settings.seed
+        and t.ended
+        and math.isinf(t.max_norm)
+    }
+
+
+def best_rates(settings: Settings, trials: Sequence[Trial]) -> tuple[float, ...]:
+    """Lower learning-rate factors tried without clipping, best first, failed ones last."""
+    tried = rates(settings, trials)
+    return tuple(sorted((f for f in tried if f < 1), key=lambda f: (tried[f], -f)))
+
+
+def unbracketed(tried: dict[float, float]) -> tuple[float, ...]:
+    """Learning-rate factors still to try before the best unclipped rate is bracketed.
+
+    Args:
+        tried: Loss by factor, inf for failed runs; it holds factor 1.0. Above 1.0 nothing is
+            asked: whether a *lower* rate serves is the question.
+
+    >>> unbracketed({1.0: 3.0, 1 / 3: 1.0, 0.2: 2.0})
+    (0.577...,)
+    """
+    factors = sorted(tried)
+    best = min(factors, key=lambda f: (tried[f], f))
+    i = factors.index(best)
+    above = factors[i + 1] if i + 1 < len(factors) else None
+    below = factors[i - 1] if i else None
+    wanted = []
+    if above is not None and above / best > BRACKET * (1 + 1e-9):
+        wanted.append(math.sqrt(above * best))
+    if below is None:
+        wanted.append(best / 3)
+    elif best / below > BRACKET * (1 + 1e-9):
+        wanted.append(math.sqrt(below * best))
+    return tuple(wanted)
