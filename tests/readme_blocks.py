@@ -9,7 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-BLOCK = re.compile(r"^```console\n\$ normtune ([^\n]+)\n([^$].*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^```console\n\$ normtune ([^\n]+)\n((?!```|\$ ).*?)^```", re.MULTILINE | re.DOTALL
+)
 
 
 def output_of(command):
