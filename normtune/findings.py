@@ -81,6 +81,16 @@ KINDS = {
         "those steps are not recorded; record a run without the graph",
         blocks=True,
     ),
+    "fsdp1-shards": Kind(
+        "{site} steps on the shards of FSDP1, of which each rank has only its own, and the loop "
+        "does not call model.clip_grad_norm_(): those steps are not recorded; call it, or move to "
+        "FSDP2 (fully_shard)",
+        blocks=True,
+    ),
+    "ranks-differ": Kind(
+        "the norms of rank {own} are not those of rank {other}: the ranks do not train one "
+        "synchronised model (no DDP, or its no_sync()), so each has a record of its own"
+    ),
     "lbfgs": Kind(
         "{site} evaluates its closure several times a step: the first evaluation is recorded, and "
         "clipping is unusual with it, since its line search expects the true gradient"

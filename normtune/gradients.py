@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad
 
 HALF = (torch.float16, torch.bfloat16)
+FEW = 64  # gradients
 PLAIN = (Tensor, torch.nn.Parameter)
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 EPSILON = 1e-6  # the one in torch's coefficient, max_norm / (total_norm + 1e-6)
@@ -95,6 +96,12 @@ def _norm_of_one(grad: Tensor, norm_type: float, dtype: torch.dtype | None = Non
     return whole(norm)
 
 
+def is_shared(tensor: Tensor) -> bool:
+    """Whether other ranks hold a part of it, so that its value needs them all."""
+    placements = getattr(tensor, "placements", ())
+    return any(not p.is_replicate() for p in placements)
+
+
 def whole(norm: Tensor) -> Tensor:
     """A DTensor's value over all its ranks; a plain tensor as it is.
 
@@ -139,10 +146,46 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     if is_plain(grads):
         total = _vector_norm(_plain_norms(grads, norm_type), norm_type)
     else:
-        total = combined([_norm_of_one(g, norm_type) for g in grads], norm_type)
+        total = combined(_norms_of_parts(grads, norm_type), norm_type)
     if total.is_cpu:
         return rescued(total, grads, norm_type)
     return total
+
+
+def _norms_of_parts(grads: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+    """The norm of each gradient, but of one for all that are sharded alike."""
+    parts: list[Tensor] = []
+    alike: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        placements = getattr(grad, "placements", None)
+        if placements is None or any(p.is_partial() for p in placements):
+            parts.append(_norm_of_one(grad, norm_type))
+        else:
+            alike.setdefault((grad.device_mesh, placements), []).append(grad)  # type: ignore[attr-defined]
+    shards = [_norm_of_shards(some, norm_type) for some in alike.values()]
+    return parts + shards
+
+
+def _norm_of_shards(grads: Sequence[Any], norm_type: float) -> Tensor:
+    """The norm of gradients of one mesh and placement, by one reduction over each sharded axis.
+
+    Torch's own norm of such gradients reduces each by itself. Replicated axes count once.
+    """
+    local = [g._local_tensor for g in grads]
+    full = [t for t in local if t.numel()]  # torch has no inf norm of an empty shard
+    norms = norms_of_each(full, norm_type)
+    norm = combined(norms, norm_type) if norms else torch.zeros((), device=local[0].device)
+    shared = [i for i, p in enumerate(grads[0].placements) if not p.is_replicate()]
+    if not shared:
+        return norm
+    largest = norm_type == math.inf
+    wide = norm if norm.device.type == "mps" else norm.double()  # its square may not fit fp32
+    value = wide if largest else wide**norm_type
+    operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+    for i in shared:
+        group = grads[0].device_mesh.get_group(i)
+        torch.distributed.all_reduce(value, operation, group=group)
+    return value if largest else value ** (1.0 / norm_type)
 
 
 def rescued(total: Tensor, grads: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -156,6 +199,20 @@ def rescued(total: Tensor, grads: Sequence[Tensor], norm_type: float) -> Tensor:
 
 def _at_least_64(grad: Tensor) -> Tensor:
     return grad.to(torch.complex128 if grad.is_complex() else torch.float64)
+
+
+def measured(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor | float:
+    """`total_norm`, as a number where the gradients are on the CPU and as a tensor elsewhere.
+
+    A few small gradients on the CPU are combined in Python: three more torch operations would
+    cost a small model more than the norms themselves. The number then has fp64's last digits.
+    """
+    few = 0 < len(grads) <= FEW and norm_type == 2.0 and grads[0].is_cpu and is_plain(grads)
+    if few and not grads[0].requires_grad:
+        value = math.hypot(*(norm.item() for norm in _plain_norms(grads, norm_type)))
+        if 0.0 < value < math.inf or math.isnan(value):
+            return value
+    return on_host(total_norm(grads, norm_type))
 
 
 def on_host(norm: Tensor) -> Tensor | float:
@@ -198,7 +255,8 @@ def coefficient(max_norm: float, norm: Tensor) -> Tensor:
 def scale_each(grads: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply each gradient in place, sparse ones too."""
     for grad in grads:
-        grad.mul_(factor.to(grad.device))
+        local = getattr(grad, "_local_tensor", grad)  # the same factor on every rank
+        local.mul_(factor.to(local.device))
 
 
 def clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> bool | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, MethodType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -95,6 +95,13 @@ class Listener(Protocol):
         """A GradScaler left the step out because of a non-finite gradient."""
 
 
+class Resident(Protocol):
+    """Who records without being asked for each optimizer: the recorder of a watched command."""
+
+    def meet(self, listeners: Sequence[Any], parameters: Sequence[Tensor], optimizer: Any) -> bool:
+        """A clip call or step with these listeners; True where another one listens from now on."""
+
+
 class _Compiled:
     """What a clip call inside a compiled function leaves behind: one slot, no list.
 
@@ -120,6 +127,7 @@ _lock = threading.Lock()
 _owners: dict[int, tuple[weakref.ref[Tensor], list[weakref.ref[Any]]]] = {}
 _listeners: weakref.WeakSet[Any] = weakref.WeakSet()
 _known_sets: dict[tuple[int, ...], tuple[weakref.ref[Any], ...]] = {}
+_resident: Resident | None = None
 _installed = False
 _original: dict[str, Callable[..., Any]] = {}
 
@@ -129,6 +137,8 @@ MOST_KNOWN_SETS = 10_000  # a loop that clips ever new lists of tensors must not
 def listen(listener: Listener, parameters: Iterable[Tensor]) -> None:
     """Tell `listener` of every clip call and step on `parameters`; kept by weak references."""
     install()
+    if "torch.distributed.fsdp" in sys.modules:
+        _watch_fsdp()
     reference = weakref.ref(listener)
     if not COMPILED.watched:
         COMPILED.total_norm, COMPILED.watched = None, True
@@ -153,13 +163,27 @@ def unlisten(listener: Listener) -> None:
             if not references:
                 _owners.pop(key, None)
         _known_sets.clear()
-    if not _listeners:
+    if not _listeners and _resident is None:
         COMPILED.total_norm, COMPILED.watched = None, False
+
+
+def reside(resident: Resident | None) -> None:
+    """Show `resident` every clip call and step, also on parameters that nobody listens to."""
+    global _resident  # noqa: PLW0603  one a process
+    install()
+    _resident = resident
+    if resident is not None:
+        COMPILED.watched = True
 
 
 def listeners_of_thread() -> list[Any]:
     """All live listeners, for events that name no parameter."""
     return list(_listeners)
+
+
+def _nobody() -> bool:
+    """Whether nobody wants to know of anything."""
+    return not _owners and _resident is None
 
 
 def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
@@ -182,6 +206,13 @@ def _listeners_to(parameters: Sequence[Tensor]) -> list[Any]:
             _known_sets.clear()
         references = _known_sets[key] = _look_up(parameters)
     return [listener for r in references if (listener := r()) is not None]
+
+
+def _clip_listeners(parameters: Sequence[Tensor]) -> list[Any]:
+    found = _listeners_to(parameters)
+    if _resident is not None and parameters and _resident.meet(found, parameters, None):
+        found = _listeners_to(parameters)
+    return found
 
 
 def _look_up(parameters: Sequence[Tensor]) -> tuple[weakref.ref[Any], ...]:
@@ -238,13 +269,13 @@ def spy_clip_grad_norm_(
 ) -> Tensor:
     """Stands in for the body of `torch.nn.utils.clip_grad_norm_`, inside torch's own no_grad."""
     original: Callable[..., Tensor] = _original["clip_grad_norm_"]
-    if torch.compiler.is_compiling() or not _owners:
+    if torch.compiler.is_compiling() or _nobody():
         return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     as_list = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not as_list:
         _tell_nothing(call_site(), float(max_norm))
         return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-    listeners = _listeners_to(as_list)
+    listeners = _clip_listeners(as_list)
     if not listeners:
         return original(as_list, max_norm, norm_type, error_if_nonfinite, foreach)
     grads = [p.grad for p in as_list if p.grad is not None]
@@ -280,11 +311,11 @@ def _spy_clip_grads_with_norm_(
         elif imposed != float("inf"):
             original(parameters, imposed, total_norm, foreach)
         return
-    if not _owners:
+    if _nobody():
         original(parameters, max_norm, total_norm, foreach)
         return
     as_list = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    listeners = _listeners_to(as_list)
+    listeners = _clip_listeners(as_list)
     if not listeners:
         original(as_list, max_norm, total_norm, foreach)
         return
@@ -301,11 +332,11 @@ def _spy_clip_grad_value_(
     foreach: bool | None = None,  # noqa: FBT001  torch's own signature
 ) -> None:
     original = _original["clip_grad_value_"]
-    if torch.compiler.is_compiling() or not _owners:
+    if torch.compiler.is_compiling() or _nobody():
         original(parameters, clip_value, foreach)
         return
     as_list = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    listeners = _listeners_to(as_list)
+    listeners = _clip_listeners(as_list)
     if not listeners:
         original(as_list, clip_value, foreach)
         return
@@ -351,8 +382,8 @@ def clip_now(
     scale: Tensor | None = None,
 ) -> None:
     """Clip as `torch.nn.utils.clip_grad_norm_` would, bit for bit, unseen by the spies."""
-    if any(g.layout != torch.strided for g in grads):
-        # torch clips no sparse ones, but a max_norm for such a training is a fair question
+    if any(g.layout != torch.strided for g in grads) or _on_several_meshes(grads):
+        # torch clips none of these, but a max_norm for such a training is a fair question
         total = _unscaled(gradients.total_norm(grads, norm_type), scale)
         gradients.scale_each(grads, gradients.coefficient(max_norm, total))
         return
@@ -363,6 +394,11 @@ def clip_now(
         gradients.clip_(grads, max_norm, total)
     else:
         _original["_clip_grads_with_norm_"](list(parameters), max_norm, total, foreach)
+
+
+def _on_several_meshes(grads: Sequence[Tensor]) -> bool:
+    meshes = {getattr(g, "device_mesh", None) for g in grads}
+    return len(meshes) > 1
 
 
 def _unscaled(norm: Tensor, scale: Tensor | None) -> Tensor:
@@ -405,7 +441,7 @@ def _tell_nothing(site: str, asked: float) -> None:
 
 
 def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not _owners:
+    if _nobody():
         return None
     steps = _local.steps
     if steps and _truly_nested():
@@ -459,6 +495,13 @@ def _step_frames() -> int:
 
 
 def _step_listeners(optimizer: Any) -> list[Any]:
+    found = _listeners_to_step(optimizer)
+    if _resident is not None and _resident.meet(found, (), optimizer):
+        found = _listeners_to_step(optimizer)
+    return found if len(found) < 2 else sorted(found, key=_strictness)
+
+
+def _listeners_to_step(optimizer: Any) -> list[Any]:
     try:
         groups = optimizer.param_groups
         if len(groups) == 1:
@@ -468,7 +511,7 @@ def _step_listeners(optimizer: Any) -> list[Any]:
             found = list(dict.fromkeys(listener for some in sets for listener in some))
     except (AttributeError, LookupError, TypeError):
         return []  # an object that only looks like an optimizer, and is nobody's here
-    return found if len(found) < 2 else sorted(found, key=_strictness)
+    return found
 
 
 def _strictness(listener: Any) -> int:
@@ -575,14 +618,15 @@ def _watch_scaler() -> None:
     @functools.wraps(unscale)
     def normtune_unscale(self: Any, optimizer: Any) -> Any:
         result = unscale(self, optimizer)
-        if _owners and self._enabled and not _inside_scaler_step():
+        if self._enabled and not _nobody() and not _inside_scaler_step():
             _tell_unscaled(self, optimizer)
         return result
 
     @functools.wraps(step)
     def normtune_scaler_step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         target = gradients.unwrapped(optimizer)
-        listeners = _step_listeners(target) if _owners and hasattr(target, "param_groups") else []
+        known = hasattr(target, "param_groups") and not _nobody()
+        listeners = _step_listeners(target) if known else []
         if not self._enabled or not listeners:
             return step(self, optimizer, *args, **kwargs)
         ready = self._per_optimizer_states[id(optimizer)]["stage"].name == "READY"
@@ -616,6 +660,52 @@ def _tell_unscaled(scaler: Any, optimizer: Any) -> None:
     if hasattr(target, "param_groups"):
         for listener in _step_listeners(target):
             listener.unscaled(target, scaler._get_scale_async())
+
+
+# --- FSDP1 -------------------------------------------------------------------------------------
+
+NEVER_CLIPS = 1e38  # FSDP1 makes nan of every gradient at inf, where its norm overflows
+
+
+def _watch_fsdp() -> None:
+    """FSDP1 clips its shards by its own arithmetic, in a method of the model."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    clip = FullyShardedDataParallel.clip_grad_norm_
+    if getattr(clip, "visible_to_normtune", False):
+        return
+
+    @functools.wraps(clip)
+    def normtune_clip(self: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        parameters = list(self.parameters())
+        listeners = _clip_listeners(parameters)
+        handles = getattr(self, "_all_handles", None) or ()
+        if not listeners or not any(h.uses_sharded_strategy for h in handles):
+            return cast("Tensor", clip(self, max_norm, norm_type))  # torch's own clip, seen there
+        return _clip_fsdp(self, clip, parameters, listeners, (max_norm, norm_type))
+
+    normtune_clip.visible_to_normtune = True  # type: ignore[attr-defined]
+    FullyShardedDataParallel.clip_grad_norm_ = normtune_clip
+
+
+def _clip_fsdp(
+    model: Any,
+    clip: Callable[..., Any],
+    parameters: list[Tensor],
+    listeners: list[Any],
+    asked: tuple[float, float],
+) -> Tensor:
+    max_norm, norm_type = asked
+    imposed = [m for x in listeners if (m := getattr(x, "max_norm", None)) is not None]
+    limit = min(imposed[-1], NEVER_CLIPS) if imposed else max_norm
+    total_norm = cast("Tensor", clip(model, limit, norm_type))
+    grads = [p.grad for p in parameters if p.grad is not None]
+    call = ClipCall(
+        call_site(), "given", parameters, grads, _as_float(max_norm), float(norm_type), total_norm
+    )
+    _ask(listeners, call)  # only now is the norm known, and clipped is what it was
+    _tell_end(listeners, call)
+    return total_norm
 
 
 # --- installation ------------------------------------------------------------------------------

@@ -208,6 +208,7 @@ class Pairing:
     def __init__(self, report: Report, *, norm_type: float = 2.0, each: bool = False) -> None:
         self.backwards = Backwards()
         self.events: list[Event] = []
+        self.meet: Callable[[], None] | None = None  # called before ranks must work together
         self.failed: tuple[Series, int] | None = None
         self._report = report
         self._norm_type = norm_type
@@ -329,7 +330,10 @@ class Pairing:
             norm, each = self.measure(with_grad, series.norm_type)
             self._look_for_overflow(call, norm)
             return norm, each
-        norm = gradients.on_host(gradients.whole(given.detach()))
+        if self.meet is not None and gradients.is_shared(given):
+            self.meet()
+        given = gradients.whole(given.detach())
+        norm = gradients.on_host(given)
         if isinstance(norm, Tensor):
             return norm.clone(), None  # the caller may write to its own
         if call.kind == "norm" and not 0.0 < norm < math.inf:
@@ -340,16 +344,18 @@ class Pairing:
         """Half precision overflows above 65504; only the CPU can be asked without waiting."""
         if call.total_norm is None or isinstance(norm, Tensor):
             return
-        if math.isfinite(norm) and call.total_norm.isinf().item():
+        if math.isfinite(norm) and gradients.whole(call.total_norm).isinf().item():
             self._report("half-precision-overflow", call.site)
 
     def measure(
         self, parameters: Sequence[Tensor], norm_type: float | None = None
     ) -> tuple[Norm, EachNorm | None]:
         """The norm of these parameters' gradients as they are now."""
+        if self.meet is not None:
+            self.meet()
         p = self._norm_type if norm_type is None else norm_type
         grads = [q.grad for q in parameters if q.grad is not None]
-        total = gradients.on_host(gradients.total_norm(grads, p))
+        total = gradients.measured(grads, p)
         if not self._each:
             return total, None
         norms = gradients.norms_of_each(grads, p)

@@ -10,13 +10,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from normtune import findings, gradients, interception, optimizers, records
+from normtune import findings, gradients, interception, optimizers, ranks, records
 from normtune.belt import Belt
 from normtune.buffer import SURE_AFTER, Buffer
 from normtune.errors import NormtuneError, RecordError
@@ -92,9 +93,10 @@ class NormRecorder:
         self._measure = measure
         self._flush_every = flush_every
         names = optimizers.group_names(groups, self._optimizers)
-        self._rates = {
-            id(o): ScaledRates(o, lr_factor) for o in self._optimizers if lr_factor != 1.0
-        }
+        self._lr_factor = lr_factor
+        self._rates: dict[int, ScaledRates] = {}
+        self._names: dict[int, str] = {}
+        self._name(self._optimizers)
         self._pairing = Pairing(self._report, norm_type=self._norm_type, each=bool(names))
         self._findings: dict[tuple[str, str], Finding] = {}
         self._complained: set[str] = set()
@@ -114,10 +116,14 @@ class NormRecorder:
         self._own: dict[tuple[int, bool], Series] = {}
         continues, counts = _last_steps(path) if resume else ({}, {})
         head = self._header(max_norm) | continues
-        self._buffer = Buffer(_store(path, head), names, self._norm_type)
+        self._ranks = ranks.Ranks()
+        self._path = self._path_of_rank(path)
+        self._buffer = Buffer(self._store(head), names, self._norm_type)
         self._count_on(counts)
-        self._finalizer = weakref.finalize(self, _finish, self._buffer, self._findings)
-        self._attach()
+        # Not weakref.finalize: a forked child of multiprocessing ends without running those.
+        last = (self._buffer, self._findings)
+        self._finalizer = Finalize(self, _finish, last, exitpriority=0)
+        self._attach(self._optimizers, self._parameters)
         self.max_norm = max_norm
 
     # --- what the user calls
@@ -202,6 +208,21 @@ class NormRecorder:
                 parameters, max_norm, norm_type, error_if_nonfinite, foreach
             )
 
+    def add(self, optimizer: Any) -> None:
+        """Record another optimizer of the same training too, in series of its own.
+
+        Args:
+            optimizer: As for the recorder itself.
+        """
+        found, parameters = optimizers.targets(optimizer)
+        found = [o for o in found if id(o) not in self._names]
+        known = {id(p) for p in self._parameters}
+        added = [p for p in parameters if id(p) not in known]
+        self._name(found)
+        self._optimizers += found
+        self._parameters += added
+        self._attach(found, added)
+
     def record_norm(self, norm: float | Tensor) -> None:
         """Record the norm of a step that an engine (DeepSpeed, Megatron) knows itself.
 
@@ -218,6 +239,8 @@ class NormRecorder:
         """Read the waiting norms from the device, in one go, and write them."""
         self._flushed_at = time.monotonic()
         self._buffer.flush()
+        if not self._ranks.compared:
+            self._compare_ranks()
         self._buffer.tell(self._findings, last=self._closed)
         error = self._buffer.store.error
         if error is not None:
@@ -237,8 +260,10 @@ class NormRecorder:
             self.flush()
         if not self._buffer.store.close():
             self._complain_once(f"could not write all of the record: {self._buffer.store.error}")
-        self._finalizer.detach()
-        self._hold(held=False)
+        with suppress(Exception):
+            self._ranks.leave()
+        self._finalizer.cancel()
+        self._hold(self._optimizers, held=False)
         self._max_norm = None
         self._impose_on_compiled()
 
@@ -267,8 +292,7 @@ class NormRecorder:
         facts = {k: v for k, v in store.head.items() if k not in ("normtune", "attempt", "time")}
         facts |= {"continues": state["attempt"], "step": max(counts.values(), default=0)}
         store.close()
-        path = store.path if isinstance(store, FileStore) else None
-        again = _store(path, records.header(**facts))
+        again = self._store(records.header(**facts))
         if isinstance(again, MemoryStore) and state.get("kept"):
             again.load(state["kept"])
         self._buffer.drop()
@@ -284,26 +308,40 @@ class NormRecorder:
 
     # --- attaching
 
-    def _attach(self) -> None:
-        interception.listen(self, self._parameters)
-        self._hold(held=True)
-        for optimizer in self._optimizers:
+    def _attach(self, found: Sequence[Any], parameters: Sequence[Tensor]) -> None:
+        interception.listen(self, parameters)
+        self._hold(found, held=True)
+        for optimizer in found:
             interception.watch_unhooked(optimizer)
-            if self._rates:
+            if self._lr_factor != 1.0:
+                self._rates[id(optimizer)] = ScaledRates(optimizer, self._lr_factor)
                 interception.tell_failures(optimizer)
         if self._measure == "backward":
-            self._watch_backward()
+            self._watch_backward(parameters)
         else:
-            self._pairing.backwards.watch(self._parameters)
+            self._pairing.backwards.watch(parameters)
+        if any(gradients.is_shared(p) for p in parameters):
+            self._pairing.meet = self._ranks.meet
 
-    def _hold(self, *, held: bool) -> None:
+    def _name(self, found: Sequence[Any]) -> None:
+        """Name the series of each optimizer after its class, with a number where there are more."""
+        several = [optimizers.name_of(o) for o in found]
+        for optimizer, kind in zip(found, several, strict=True):
+            taken = set(self._names.values())
+            name = f"{kind} 1" if several.count(kind) > 1 else kind
+            k = 2
+            while name in taken:
+                name, k = f"{kind} {k}", k + 1
+            self._names[id(optimizer)] = name
+
+    def _hold(self, found: Iterable[Any], *, held: bool) -> None:
         """Live as long as the optimizer, also where the user keeps no name for the recorder."""
-        for optimizer in self._optimizers:
+        for optimizer in found:
             if isinstance(optimizer, torch.optim.Optimizer):  # its copies leave this out
                 holders = vars(optimizer).setdefault("_normtune_recorders", [])
                 holders[:] = [h for h in holders if h is not self] + [self] * held
 
-    def _watch_backward(self) -> None:
+    def _watch_backward(self, parameters: Sequence[Tensor]) -> None:
         """Measure at the end of each backward pass that reaches one of the parameters."""
         self_ref = weakref.ref(self)
         state = {"task": -2}
@@ -324,7 +362,7 @@ class NormRecorder:
             engine.queue_callback(normtune_end)
 
         backwards = self._pairing.backwards
-        for parameter in self._parameters:
+        for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
                 handle = parameter.register_post_accumulate_grad_hook(normtune_backward)  # type: ignore[no-untyped-call]
                 backwards._handles[id(parameter)] = handle
@@ -421,7 +459,7 @@ class NormRecorder:
         self.steps_begun += 1
         self._stepping, self._in_closure = True, False  # the last step may have raised
         self._give_back_gradients()
-        if _capturing(self._parameters):
+        if _capturing(optimizers.parameters(optimizer)):
             self._report("graph-capture", "")
             return
         if torch._C._current_graph_task_id() != -1:
@@ -539,6 +577,11 @@ class NormRecorder:
 
     def _measure_rest(self, step: Step, optimizer: Any, scale: Tensor | None) -> float | None:
         """Measure what no clip call covers; the max_norm to clip it at."""
+        if _unseen_shards(step.uncovered):
+            self._report("fsdp1-shards", optimizers.name_of(optimizer))
+            if self._max_norm is not None:
+                raise NormtuneError(findings.KINDS["fsdp1-shards"].sentence.format(site="FSDP1"))
+            return None
         norm, each = self._pairing.measure(step.uncovered)
         if scale is not None:
             norm = divided(norm, scale)
@@ -578,10 +621,7 @@ class NormRecorder:
         known = self._own.get((id(optimizer), rest))
         if known is not None:
             return known
-        name = optimizers.name_of(optimizer)
-        same = [o for o in self._optimizers if optimizers.name_of(o) == name]
-        if len(same) > 1:
-            name = f"{name} {1 + next((i for i, o in enumerate(same) if o is optimizer), 0)}"
+        name = self._names.get(id(optimizer)) or optimizers.name_of(optimizer)
         if rest:
             name = f"{name}, not clipped"
         series = self._pairing.own_series(name, parameters or optimizers.parameters(optimizer))
@@ -628,6 +668,9 @@ class NormRecorder:
 
     def _maybe_flush(self) -> None:
         waiting = len(self._buffer)
+        if not self._ranks.posted and self.n_steps >= ranks.FIRST:
+            self.flush()
+            return
         late = waiting and time.monotonic() - self._flushed_at > FLUSH_SECONDS
         if late or waiting >= self._flush_every:
             self.flush()
@@ -670,8 +713,8 @@ class NormRecorder:
     def _header(self, max_norm: float | None) -> dict[str, Any]:
         facts: dict[str, Any] = {
             "norm_type": self._norm_type,
-            "torch": torch.__version__,
-            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+            "torch": str(torch.__version__),  # a plain string for checkpoints
+            "world_size": ranks.size(),
             "parameters": sum(p.numel() for p in self._parameters),
             "tensors": len(self._parameters),
             "imposed": max_norm,
@@ -682,9 +725,38 @@ class NormRecorder:
             facts["dtype"] = str(self._parameters[0].dtype).removeprefix("torch.")
         return records.header(**facts)
 
+    # --- the other ranks
 
-def _store(path: str | os.PathLike[str] | None, head: dict[str, Any]) -> FileStore | MemoryStore:
-    return MemoryStore(head) if path is None else FileStore(path, head)
+    def _path_of_rank(self, path: str | os.PathLike[str] | None) -> Path | None:
+        """Rank 0 writes the file; another rank has one only where its norms are its own."""
+        if path is None or self._ranks.rank == 0:
+            return None if path is None else Path(path)
+        own = Path(path)
+        name = own.name.removesuffix(records.SUFFIX)
+        return own.with_name(f"{name}.rank{self._ranks.rank}{records.SUFFIX}")
+
+    def _store(self, head: dict[str, Any]) -> FileStore | MemoryStore:
+        follows = self._ranks.grouped and self._ranks.rank > 0
+        if self._path is None or follows:
+            return MemoryStore(head)
+        return FileStore(self._path, head)
+
+    def _compare_ranks(self) -> None:
+        """Whether all ranks recorded the same first norms, as those of one training must."""
+        if self.n_steps < ranks.FIRST:
+            return
+        try:
+            first = self._buffer.store.record().norms[: ranks.FIRST]
+            other = self._ranks.different(first.tolist())
+        except Exception:  # the process group is gone
+            self._ranks.compared = self._ranks.posted = True
+            return
+        if other is None:
+            return
+        self._report("ranks-differ", "", own=self._ranks.rank, other=other)
+        store = self._buffer.store
+        if isinstance(store, MemoryStore) and self._path is not None:
+            self._buffer.store = store.to_file(self._path)
 
 
 def _warn(sentence: str) -> None:
@@ -743,6 +815,11 @@ def _in_force(imposed: float | None, asked: float | None) -> float:
     if asked is None:
         return math.inf
     return asked if asked > 0 else math.nan
+
+
+def _unseen_shards(parameters: Sequence[Tensor]) -> bool:
+    """Whether FSDP1 keeps only a part of these gradients here, which no total can be made of."""
+    return bool(getattr(parameters[0], "_fsdp_flattened", False)) and ranks.size() > 1
 
 
 def _capturing(parameters: Sequence[Tensor]) -> bool:

@@ -779,6 +779,16 @@ class MemoryStore:
         lines = _Lines(Path(), [*self._earlier, self._attempt], 0)
         return _choose(lines, series=series, attempt=None)
 
+    def to_file(self, path: str | os.PathLike[str]) -> FileStore:
+        """The same attempt in a file, which takes what comes from now on."""
+        store = FileStore(path, self.head)
+        for line in [*self._attempt.declared, *self._attempt.findings]:
+            store.declare(line)
+        for block in self._attempt.blocks:
+            values = zip(block.steps.tolist(), block.norms.tolist(), strict=True)
+            store.rows([Row(s, n, block.details.get(i, {})) for i, (s, n) in enumerate(values)])
+        return store
+
     def state(self) -> list[Json]:
         """All attempts as plain lists and numbers, for a checkpoint."""
         return [_plain(attempt) for attempt in [*self._earlier, self._attempt]]

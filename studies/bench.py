@@ -21,6 +21,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ RESULTS = Path(__file__).parent / "results" / "bench.json"
 def model_of(sizes: list[int]) -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -77,7 +78,7 @@ def in_turn(functions: dict[str, Callable[[], object]], rounds: int, at_least: f
 
 
 def clipping(name: str, rounds: int) -> dict[str, float]:
-    """One clip call against torch's and the rivals', each on fresh gradients, as a loop has them."""
+    """One clip call against torch's and the rivals', on fresh gradients as a loop has them."""
     sizes, _ = SHAPES[name]
     model = model_of(sizes)
     parameters = list(model.parameters())
@@ -93,10 +94,10 @@ def clipping(name: str, rounds: int) -> dict[str, float]:
             **rivals(model, parameters),
         }
         calls = max(5, rounds * 300 // (1 + sum(p.numel() for p in parameters) // 100_000))
-        free = single_calls(contenders, 10 * norm, parameters, kept, optimizer, calls)
+        free = single_calls(contenders, 10 * norm, kept, optimizer, calls)
         for rival in set(contenders) - {"torch", "torch again", "normtune"}:
             del contenders[rival]
-        bound = single_calls(contenders, 0.5 * norm, parameters, kept, optimizer, calls)
+        bound = single_calls(contenders, 0.5 * norm, kept, optimizer, calls)
     found = {
         "not clipped / torch": free["normtune"] / free["torch"],
         "clipped / torch": bound["normtune"] / bound["torch"],
@@ -111,15 +112,17 @@ def clipping(name: str, rounds: int) -> dict[str, float]:
 def single_calls(
     contenders: dict[str, Callable[[float], object]],
     max_norm: float,
-    parameters: list[Tensor],
     kept: list[Tensor],
     optimizer: torch.optim.Optimizer,
     calls: int,
 ) -> dict[str, float]:
     """The median time of a call of each, in turn; new gradients and a step between the calls."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(calls):
-        for name, contender in contenders.items():
+    parameters = optimizer.param_groups[0]["params"]
+    names = list(contenders)
+    for i in range(calls):
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody is always first
+            contender = contenders[name]
             for p, grad in zip(parameters, kept, strict=True):
                 p.grad = grad.clone()
             start = time.perf_counter()
@@ -168,6 +171,8 @@ class Clock:
         self.spent = 0.0
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, its time added up."""
+
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
@@ -199,7 +204,7 @@ def overhead(name: str, rounds: int, *, clip: bool) -> dict[str, float]:
     x = torch.randn(samples, sizes[0])
     y = torch.randint(0, sizes[-1], (samples,))
 
-    def loop_of(recorded: bool) -> tuple[Callable[[], None], NormRecorder | None]:
+    def loop_of(*, recorded: bool) -> tuple[Callable[[], None], NormRecorder | None]:
         model = model_of(sizes)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         recorder = NormRecorder(optimizer, Path(folder) / "a.norms.jsonl") if recorded else None
@@ -214,11 +219,11 @@ def overhead(name: str, rounds: int, *, clip: bool) -> dict[str, float]:
         return step, recorder
 
     with tempfile.TemporaryDirectory() as folder:
-        plain, _ = loop_of(False)
-        again, _ = loop_of(False)
+        plain, _ = loop_of(recorded=False)
+        again, _ = loop_of(recorded=False)
         clock = Clock()
         with clock.on_backward_hooks():
-            watched, recorder = loop_of(True)
+            watched, recorder = loop_of(recorded=True)
         for step in (plain, again, watched):
             step()
         loops = in_turn({"plain": plain, "again": again, "watched": watched}, rounds, 0.2)
@@ -261,9 +266,10 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(  # type: ignore[no-untyped-def]
-        self, function, types, args=(), kwargs=None
-    ):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Count and go on."""
         if "_local_scalar_dense" in str(function):
             self.count += 1
         return function(*args, **(kwargs or {}))

@@ -217,6 +217,7 @@ def test_a_recorder_file_is_a_source(tmp_path):
     optimizer = torch.optim.SGD([p], lr=0.0)
     with NormRecorder(optimizer, tmp_path / "a.norms.jsonl"):
         for i in range(40):
-            p.grad = torch.full((3,), 1.0 + (7 * i) % 40)
+            optimizer.zero_grad()
+            (p * (1.0 + (7 * i) % 40)).sum().backward()
             optimizer.step()
     assert normtune("suggest", tmp_path / "a.norms.jsonl").exit_code == 0
