@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,6 @@ class _Recorder(NormRecorder):
                 self._own.pop((id(target), rest), None)
         super().add(optimizer)
 
-    def step_begins(self, optimizer: Any, *, closure: bool) -> None:
-        super().step_begins(optimizer, closure=closure)
-
     def step_ends(self, optimizer: Any) -> None:
         super().step_ends(optimizer)
         if self.resident is not None:
@@ -104,6 +102,9 @@ class _Recorder(NormRecorder):
         super().clip_ends(call)
         if self.resident is not None and not self.steps_begun:
             self.resident.stepped()
+
+    def _path_of_rank(self, path: Any) -> Path:
+        return Path(path)  # it names the rank already
 
     def _hold(self, found: Iterable[Any], *, held: bool) -> None:
         """The resident holds it."""
@@ -139,7 +140,8 @@ class _Resident:
         self._lock = threading.RLock()
         self._idle = False
         self._ended = False
-        self._pid = 0
+        self._pid = os.getpid()
+        self._at_exit = 0  # the process that will come to `over`
         self._watch_construction()
         if given.max_norm is not None:
             COMPILED.imposed = given.max_norm
@@ -149,6 +151,8 @@ class _Resident:
 
     def meet(self, listeners: Sequence[Any], parameters: Sequence[Tensor], optimizer: Any) -> bool:
         """See `interception.Resident`."""
+        if self._ended:  # the loop swallowed its end
+            _leave()
         if self._idle:
             return False
         if self.recorder is not None and self.recorder in listeners:
@@ -218,24 +222,24 @@ class _Resident:
         Optimizer.__setstate__ = normtune_setstate  # type: ignore[method-assign]
 
     def _count(self, optimizer: Optimizer) -> None:
-        self._n_built += optimizer not in self._built
-        self._built.add(optimizer)
+        self._n_built += 1
+        with suppress(TypeError):  # an optimizer that cannot be hashed or referred to weakly
+            self._built.add(optimizer)
 
     # --- the end
 
     def stepped(self) -> None:
         """After each recorded step."""
-        if self._pid != os.getpid():  # multiprocessing ends its forked children without atexit
-            self._pid = os.getpid()
+        self._pid = os.getpid()
+        if self._at_exit != self._pid:  # multiprocessing ends its forked children without atexit
+            self._at_exit = self._pid
             Finalize(None, self.over, exitpriority=0)
         enough = self._orders.steps
-        if self._ended or (enough and self.recorder and self.recorder.n_steps >= enough):
+        if enough and self.recorder and self.recorder.n_steps >= enough:
             self._end()
 
     def _end(self) -> None:
         """End this process as sys.exit() would; one that goes on in spite of it is left at once."""
-        if self._ended:
-            _leave()
         self._ended = True
         self.over()
         orders.mark(self._orders.folder, orders.ENOUGH)
@@ -245,6 +249,8 @@ class _Resident:
 
     def over(self) -> None:
         """Write what waits, and say what this process had."""
+        if self._pid != os.getpid():
+            return  # a forked child that trained nothing
         recorder = self.recorder
         if recorder is not None:
             recorder.close()

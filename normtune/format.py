@@ -73,6 +73,14 @@ def headline(suggestion: Suggestion) -> str:
     return f"{clean(s.label)} of {norms} at {_rate(s)}{skipped}{_interval(s)}"
 
 
+def shares_line(suggestion: Suggestion) -> str:
+    """Which parameters carry the largest norms."""
+    top = ", ".join(f"{share(s.top)} from {clean(s.name)}" for s in suggestion.shares)
+    first = suggestion.shares[0]
+    usual = f"{clean(first.name)} over all steps: {share(first.all)}"
+    return f"squared norm of the top 1 % of steps: {top} ({usual})"
+
+
 def paste_lines(suggestion: Suggestion) -> tuple[str, ...]:
     """Code that sets the suggested max_norm in a loop, in Lightning and in the HF Trainer."""
     value = repr(suggestion.max_norm)
@@ -128,6 +136,8 @@ def format_suggestion(suggestion: Suggestion, *, width: int = 100) -> str:
     for note in s.notes:
         lines += _hang("source   ", clean(note), width)
     lines += _table(s)
+    if s.shares:
+        lines += _hang("largest steps   ", shares_line(s), width)
     lines.append("doubts")
     for doubt in s.doubts[:-1]:
         lines += _hang("  - ", clean(doubt), width)

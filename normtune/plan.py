@@ -317,9 +317,10 @@ def _spaced(state: _State) -> list[tuple[float, str]]:
 
 
 def _asked(state: _State) -> list[Planned]:
-    """The surrogate's next value."""
-    value = propose(state.settings, [*state.trials, *state.crashed])
-    return [state.planned((value, 1.0), state.settings.seed, "explore", "proposed from the rest")]
+    """The surrogate's next value; none where every value of the range would be free."""
+    arm = (propose(state.settings, [*state.trials, *state.crashed]), 1.0)
+    run = state.planned(arm, state.settings.seed, "explore", "proposed from the runs so far")
+    return [] if run.free else [run]
 
 
 # --- learning rate -----------------------------------------------------------------------------

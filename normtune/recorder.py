@@ -267,6 +267,11 @@ class NormRecorder:
         self._max_norm = None
         self._impose_on_compiled()
 
+    def __repr__(self) -> str:
+        names = "+".join(optimizers.name_of(o) for o in self._optimizers) or "no optimizer"
+        found = "".join(f"\n  {finding.text}" for finding in self.findings)
+        return f"NormRecorder({names}, {self.n_steps} steps, max_norm={self._max_norm}){found}"
+
     def __enter__(self) -> Self:
         return self
 
@@ -704,8 +709,9 @@ class NormRecorder:
             return None
 
     def _complain_once(self, sentence: str) -> None:
-        if sentence not in self._complained:
-            self._complained.add(sentence)
+        what = sentence.partition(":")[0]  # a disk may refuse for several reasons in turn
+        if what not in self._complained:
+            self._complained.add(what)
             _warn(f"normtune {sentence}")
 
     # --- the header, and starting again

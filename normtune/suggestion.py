@@ -18,6 +18,7 @@ from normtune.doubts import FEWEST, Choice, doubts_about
 from normtune.errors import SuggestionError
 from normtune.format import number, share
 from normtune.records import Finding, NormRecord
+from normtune.shares import Share, largest_shares
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +96,7 @@ class Suggestion:
         series: The series within it.
         notes: What was left out of the source and what else it holds.
         findings: What was found about the clip calls.
+        shares: The parameters that carry the largest norms, where norms of groups were recorded.
         record: The norms that were used.
     """
 
@@ -117,6 +119,7 @@ class Suggestion:
     series: str
     notes: tuple[str, ...]
     findings: tuple[Finding, ...]
+    shares: tuple[Share, ...]
     record: NormRecord = field(repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -127,6 +130,7 @@ class Suggestion:
         plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "record"}
         plain["candidates"] = [asdict(c) for c in self.candidates]
         plain["findings"] = [asdict(f) for f in self.findings]
+        plain["shares"] = [asdict(s) for s in self.shares]
         return {key: _json(value) for key, value in plain.items()}
 
     def to_frame(self) -> pd.DataFrame:
@@ -226,6 +230,7 @@ def _assemble(record: NormRecord, choice: Choice, ordered: Floats) -> Suggestion
         series=record.series,
         notes=record.origin.notes,
         findings=record.findings,
+        shares=largest_shares(record),
         record=record,
     )
 

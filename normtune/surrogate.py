@@ -76,7 +76,7 @@ def _data(settings: Settings, trials: Sequence[Trial]) -> _Data:
     base = find(trials, (math.inf, 1.0), settings.seed)
     ended = [t for t in explored(settings, trials) if t.ended]
     largest = base.largest_norm if base is not None else math.nan
-    top = max(largest, settings.high) if math.isfinite(largest) else 1.5 * settings.high
+    top = largest if math.isfinite(largest) else 1.5 * settings.high
     x = [math.log10(t.max_norm) for t in ended]
     losses = [loss_of(t, settings.direction) for t in ended]
     values = tuple(t.max_norm for t in ended)

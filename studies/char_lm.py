@@ -5,6 +5,7 @@ better than it began. The text is that of Python's own `help()`, so nothing is d
 differs between Python versions, and every record keeps its hash.
 """
 
+import functools
 import hashlib
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch.nn.functional import cross_entropy
 TEXT = "\n".join(topics[name] for name in sorted(topics))
 LENGTH = 48  # characters in one training example
 BATCH = 32
-DEFAULTS = {"lr": 30.0, "steps": 400, "hidden": 96}
+DEFAULTS = {"optimizer": "SGD", "lr": 30.0, "steps": 400, "hidden": 96}
 
 
 class CharLM(nn.Module):
@@ -33,6 +34,7 @@ class CharLM(nn.Module):
         return self.out(self.lstm(self.embedding(x))[0])
 
 
+@functools.cache
 def load() -> tuple[torch.Tensor, torch.Tensor, int]:
     """Training characters, validation examples, and how many symbols there are."""
     symbols = sorted(set(TEXT))
@@ -58,7 +60,7 @@ def train(run) -> None:  # noqa: ANN001 - a normtune Run, or anything that looks
     torch.manual_seed(run.seed)
     batches = torch.Generator().manual_seed(run.seed)
     model = CharLM(symbols, params["hidden"]).to(run.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=params["lr"])
+    optimizer = getattr(torch.optim, params["optimizer"])(model.parameters(), lr=params["lr"])
     run.watch(optimizer, metadata={"text": hashlib.sha256(TEXT.encode()).hexdigest()[:16]})
 
     def report(step: int) -> None:

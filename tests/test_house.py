@@ -12,7 +12,7 @@ HOUSE = Path(__file__).parent.parent / "normtune"
 
 # Lower floors first; a room imports from lower floors only.
 FLOORS = [
-    {"errors", "statistics", "findings", "trials"},
+    {"errors", "statistics", "findings", "trials", "shares"},
     {"records", "rules", "format", "comparison", "learning_rates"},
     {"sources", "gradients", "doubts", "plots", "tasks", "plan", "results"},
     {"interception", "optimizers", "suggestion", "processes", "ledger", "study"},

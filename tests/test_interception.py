@@ -170,7 +170,7 @@ def test_an_imposed_inf_never_turns_gradients_into_nan():
 
 
 WRONG = {
-    "no iterable": lambda m: early_bound(3, 1.0),
+    "no iterable": lambda _: early_bound(3, 1.0),
     "no number": lambda m: early_bound(m.parameters(), "one"),
     "no max_norm": lambda m: early_bound(m.parameters()),
     "unknown argument": lambda m: early_bound(m.parameters(), 1.0, p=2),
