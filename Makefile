@@ -14,7 +14,7 @@ help:  ## Show the targets
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[plot,studies]' --group dev --group bench
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[plot,studies,lightning,transformers,accelerate]' --group dev --group bench
 	@touch $@
 
 demo: $(READY)  ## Train a character LSTM, record its norms, suggest a max_norm, and prove it (under 5 minutes)

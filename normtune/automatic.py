@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from normtune.errors import NormtuneError
 from normtune.interception import COMPILED, ClipCall
 from normtune.orders import Orders
 from normtune.recorder import NormRecorder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def start() -> None:
@@ -59,7 +62,7 @@ class _Weakly(list[Any]):
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(index)()
 
-    def __iadd__(self, items: Iterable[Any]) -> _Weakly:  # type: ignore[misc, override]
+    def __iadd__(self, items: Iterable[Any]) -> Self:  # type: ignore[misc]
         self.extend(map(_reference, items))
         return self
 
@@ -87,8 +90,8 @@ class _Recorder(NormRecorder):
         if not any(True for _ in self._parameters):  # the models so far are gone, and their hooks
             self._pairing.backwards.close()
         for target in optimizer if isinstance(optimizer, list) else [optimizer]:
-            for numbers in (self._names, self._pairing._sizes, self._pairing._stepped):
-                numbers.pop(id(target), None)  # of one that is gone, whose number is used again
+            self._pairing.forget(target)
+            self._names.pop(id(target), None)
             for rest in (False, True):
                 self._own.pop((id(target), rest), None)
         super().add(optimizer)
@@ -155,9 +158,9 @@ class _Resident:
             _leave()
         if self._idle:
             return False
-        if self.recorder is not None and self.recorder in listeners:
-            if optimizer is None or optimizer in self._known:
-                return False
+        listens = self.recorder is not None and self.recorder in listeners
+        if listens and (optimizer is None or optimizer in self._known):
+            return False
         try:
             with self._lock:
                 return self._take_on(parameters, optimizer)
@@ -219,7 +222,7 @@ class _Resident:
             self._count(optimizer)
 
         Optimizer.__init__ = normtune_init  # type: ignore[method-assign, assignment]
-        Optimizer.__setstate__ = normtune_setstate  # type: ignore[method-assign]
+        Optimizer.__setstate__ = normtune_setstate  # type: ignore[method-assign, assignment]
 
     def _count(self, optimizer: Optimizer) -> None:
         self._n_built += 1

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
@@ -17,6 +17,7 @@ from normtune import __version__
 from normtune.errors import NormtuneError
 
 if TYPE_CHECKING:
+    from normtune.launch import Recorded as RecordedCommand
     from normtune.records import NormRecord
     from normtune.search import Progress
     from normtune.sources import FoundSeries
@@ -64,7 +65,7 @@ def _one_line(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-def _fail(error: object, code: int) -> None:
+def _fail(error: object, code: int) -> NoReturn:
     from normtune.format import clean
 
     print(f"normtune: {clean(error)}", file=sys.stderr)
@@ -222,20 +223,68 @@ def _draw(suggestion: Suggestion, file: Path) -> None:
 @app.command()
 @_one_line
 def record(
-    study: Annotated[Path, typer.Argument(help="A study file (YAML); its warm-up is run.")],
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY | -- COMMAND...",
+            help="A study file (YAML), whose warm-up is run; or after -- a training command, which "
+            "is run as it is: python train.py, torchrun ..., accelerate launch ...",
+            show_default=False,
+        ),
+    ],
     *,
     output: Annotated[
-        Path | None, typer.Option(help="The record file; <study>.norms.jsonl beside it without.")
+        Path | None,
+        typer.Option(help="The record file; without it <study or script>.norms.jsonl."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="End the command after so many recorded steps.")
+    ] = None,
+    max_norm: Annotated[
+        float | None,
+        typer.Option(help="Clip the command at this in place of its own; inf clips nothing."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Run the unclipped warm-up of a study, record its norms, and suggest a max_norm."""
+    """Record the unclipped norms of a training that stays as it is, and suggest a max_norm.
+
+    The exit code is the command's own, or 1 where it was 0 and no max_norm can be suggested.
+    """
+    if len(command) == 1 and Path(command[0]).suffix in (".yaml", ".yml"):
+        if steps is not None or max_norm is not None:
+            message = "--steps and --max-norm are for commands; a study says warmup_steps itself"
+            raise ValueError(message)
+        _record_study(Path(command[0]), output, as_json=as_json)
+        return
+    from normtune.launch import NothingRecordedError, record_command
+
+    shown = sys.stderr if as_json else None  # the output is JSON alone
+    try:
+        done = record_command(command, output=output, steps=steps, max_norm=max_norm, stdout=shown)
+    except NothingRecordedError as error:
+        _fail(f"nothing was recorded: {error}", error.exit_code or REFUSED)
+    _finish_command(done, as_json=as_json)
+
+
+def _record_study(study: Path, output: Path | None, *, as_json: bool) -> None:
     from normtune.search import record_study
 
     done = record_study(study, output=output)
     if not as_json:
         print(f"recorded {len(done.record)} unclipped norms to {done.path}")
     _print_suggestion(done.suggestion, done.record, as_json=as_json)
+
+
+def _finish_command(done: RecordedCommand, *, as_json: bool) -> None:
+    if not as_json:
+        print(f"recorded {len(done.record)} unclipped norms to {done.path}")
+    if done.exit_code:
+        print(f"normtune: the command ended with exit code {done.exit_code}", file=sys.stderr)
+    if done.suggestion is None:
+        _fail(done.refusal, done.exit_code or REFUSED)
+    _print_suggestion(done.suggestion, done.record, as_json=as_json)
+    if done.exit_code:
+        raise typer.Exit(done.exit_code)
 
 
 # --- search ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, MethodType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -681,11 +681,11 @@ def _watch_fsdp() -> None:
         listeners = _clip_listeners(parameters)
         handles = getattr(self, "_all_handles", None) or ()
         if not listeners or not any(h.uses_sharded_strategy for h in handles):
-            return cast("Tensor", clip(self, max_norm, norm_type))  # torch's own clip, seen there
+            return clip(self, max_norm, norm_type)  # torch's own clip, seen there
         return _clip_fsdp(self, clip, parameters, listeners, (max_norm, norm_type))
 
     normtune_clip.visible_to_normtune = True  # type: ignore[attr-defined]
-    FullyShardedDataParallel.clip_grad_norm_ = normtune_clip
+    FullyShardedDataParallel.clip_grad_norm_ = normtune_clip  # type: ignore[method-assign]
 
 
 def _clip_fsdp(
@@ -698,7 +698,7 @@ def _clip_fsdp(
     max_norm, norm_type = asked
     imposed = [m for x in listeners if (m := getattr(x, "max_norm", None)) is not None]
     limit = min(imposed[-1], NEVER_CLIPS) if imposed else max_norm
-    total_norm = cast("Tensor", clip(model, limit, norm_type))
+    total_norm: Tensor = clip(model, limit, norm_type)
     grads = [p.grad for p in parameters if p.grad is not None]
     call = ClipCall(
         call_site(), "given", parameters, grads, _as_float(max_norm), float(norm_type), total_norm

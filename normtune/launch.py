@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,7 @@ class Recorded:
     exit_code: int
 
 
-class NothingRecorded(NormtuneError):
+class NothingRecordedError(NormtuneError):
     """A command that gave no norms; the message says why.
 
     Attributes:
@@ -219,10 +218,8 @@ def why_nothing(launched: Launched) -> str:
         return _no_python(launched.argv)
     if not torches:
         n = len(pythons)
-        processes = "the one Python process" if n == 1 else f"none of the {n} Python processes"
-        return f"{processes} of {command} imported torch".replace("process of", "process of", 1) + (
-            "" if n > 1 else ""
-        )
+        ran = "its Python process" if n == 1 else f"any of its {n} Python processes"
+        return f"{command} ran, but torch was not imported by {ran}"
     found = findings_in(folder)
     if found:
         return found[0]
@@ -286,7 +283,7 @@ def record_command(
         stdout: Where the command's output goes; this process's own without it.
 
     Raises:
-        NothingRecorded: If it recorded nothing, with the reason.
+        NothingRecordedError: If it recorded nothing, with the reason.
         NormtuneError: If it cannot be started, or `output` cannot be written.
         ValueError: If an argument cannot be meant.
     """
@@ -300,7 +297,7 @@ def record_command(
         code, launched = _run(argv, given, stdout)
         found = records_in(folder)
         if not found:
-            raise NothingRecorded(why_nothing(launched), code)
+            raise NothingRecordedError(why_nothing(launched), code)
         merge(found, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -324,7 +321,7 @@ def _default_name(argv: Sequence[str]) -> str:
     'package.train.norms.jsonl'
     """
     scripts = [Path(a).stem for a in argv if a.endswith(".py")]
-    modules = [b for a, b in zip(argv, argv[1:], strict=False) if a == "-m"]
+    modules = [b for a, b in itertools.pairwise(argv) if a == "-m"]
     return [*scripts, *modules, Path(argv[0]).stem][0] + SUFFIX
 
 

@@ -435,6 +435,11 @@ class Pairing:
         if not self.backwards.alive:
             self.events = [e for e in self.events if not e.used]
 
+    def forget(self, optimizer: Any) -> None:
+        """A new optimizer may have the number of one that is gone."""
+        self._ids.pop(id(optimizer), None)
+        self._stepped.pop(id(optimizer), None)
+
     def own_series(self, name: str, parameters: Sequence[Tensor], by: str = "step") -> Series:
         """The series of what normtune measures itself."""
         key = (name, by)

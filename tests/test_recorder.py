@@ -5,7 +5,10 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import children
 import loops
@@ -604,27 +607,24 @@ def test_sigkill_costs_at_most_the_steps_since_the_last_flush(tmp_path, processe
         assert not any("torn" in note for note in record.origin.notes)
 
 
-@pytest.mark.parametrize(
-    ("how", "code"), [("end", 0), ("unheld", 0), ("exception", 1), ("sys.exit", 3)]
-)
-def test_a_program_that_ends_without_close_loses_nothing(tmp_path, how, code):
-    """However it ends, but for signals and os._exit (row 36); a plain interpreter."""
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    path = tmp_path / "x.norms.jsonl"
-    script = f"import children; children.train_and_forget({str(path)!r}, {how!r})"
+def test_a_program_that_ends_without_close_loses_nothing(tmp_path):
+    """However it ends, but for signals and os._exit (row 36)."""
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        check=False,
+        [sys.executable, "-c", f"import children; children.end_in_every_way({str(tmp_path)!r})"],
+        check=True,
         timeout=120,
         capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
     )
-    assert done.returncode == code, done.stderr
-    assert len(NormRecord.load(path)) == 7
+    codes = dict(line.split() for line in done.stdout.splitlines())
+    assert set(codes) == set(children.ENDINGS)
+    assert codes["end"] == codes["unheld"] == "0"
+    assert codes["sys.exit"] == "3"
+    assert codes["exception"] != "0"
+    for how in children.ENDINGS:
+        assert len(NormRecord.load(tmp_path / f"{how}.norms.jsonl")) == 7, how
 
 
 def test_a_forked_child_has_a_file_of_its_own(tmp_path, processes):
@@ -645,7 +645,7 @@ def test_a_full_disk_ends_no_training_and_loses_no_row(tmp_path, processes):
     assert NormRecord.load(path).norms.tolist() == list(range(1, 51))
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")  # noqa: PTH110
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
 def test_a_disk_that_stays_full_is_told_twice_and_raises_nothing():
     """Once while training and once at close() (rows 20, 71)."""
     recorder, optimizer, parameter = children.watched("/dev/full", flush_every=5)
