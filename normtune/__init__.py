@@ -20,6 +20,8 @@ _HOMES = {
     "record_norm": "recorder",
     "Suggestion": "suggestion",
     "suggest": "suggestion",
+    "SearchResult": "results",
+    "load_result": "stored",
     "RULES": "rules",
     "NormtuneError": "errors",
     "RecordError": "errors",
@@ -33,9 +35,11 @@ __all__ = [
     "NormRecorder",
     "NormtuneError",
     "RecordError",
+    "SearchResult",
     "StudyError",
     "Suggestion",
     "SuggestionError",
+    "load_result",
     "record_norm",
     "suggest",
 ]
@@ -44,7 +48,9 @@ if TYPE_CHECKING:
     from normtune.errors import NormtuneError, RecordError, StudyError, SuggestionError
     from normtune.recorder import NormRecorder, record_norm
     from normtune.records import NormRecord
+    from normtune.results import SearchResult
     from normtune.rules import RULES
+    from normtune.stored import load_result
     from normtune.suggestion import Suggestion, suggest
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SAME_VALUE = 1.1  # max_norms closer than 10 % give the same training within noise: one arm serves
+# The suggestion serves as the best value unless another is ahead of it by so much of the sd of one
+# run: fewer arms, and no winner picked by luck. In simulation .
+PREFER_SUGGESTION = 0.5
 BRACKET = 2.0  # neighbours within this factor on both sides bracket the best rate (DESIGN 4)
 
 
@@ -54,7 +57,7 @@ def ranked(settings: Settings, trials: Sequence[Trial]) -> tuple[float, ...]:
     leaves .03 of choices further than one sd from the best after 10 runs, against .07.
     """
     runs = [t for t in explored(settings, trials) if t.state == "finished"]
-    means = smoothed(settings, trials)
+    means = smoothed(settings, trials).means
     kept: list[float] = []
     for value in sorted((t.max_norm for t in runs), key=lambda c: (means[c], c)):
         if not any(_close(value, other) for other in kept):
@@ -62,20 +65,48 @@ def ranked(settings: Settings, trials: Sequence[Trial]) -> tuple[float, ...]:
     return tuple(kept)
 
 
-def clipping_leads(settings: Settings, trials: Sequence[Trial]) -> bool:
-    """Whether a clipped value does better than no clipping on the explore seed."""
+def clipping_leads(settings: Settings, trials: Sequence[Trial], *, by: float = 0.0) -> bool:
+    """Whether a clipped value does better than no clipping on the explore seed.
+
+    Args:
+        settings: The study's settings.
+        trials: All its trials.
+        by: How far ahead it must be, in sd of one run as the surrogate sees it.
+    """
     base = find(trials, (math.inf, 1.0), settings.seed)
     order = ranked(settings, trials)
     if base is None or not base.ended or not order:
         return False
-    means = smoothed(settings, trials)
-    return math.isinf(loss_of(base, settings.direction)) or means[order[0]] < means[math.inf]
+    if math.isinf(loss_of(base, settings.direction)):
+        return True
+    found = smoothed(settings, trials)
+    return found.means[math.inf] - found.means[order[0]] > by * found.noise
 
 
 def _best_max_norm(settings: Settings, trials: Sequence[Trial]) -> float:
     order = ranked(settings, trials)
     best = _winner_of_race(settings, trials, order) or (order[0] if order else settings.suggestion)
-    return settings.suggestion if _close(best, settings.suggestion) else best
+    return settings.suggestion if _suggestion_serves(settings, trials, best) else best
+
+
+def _suggestion_serves(settings: Settings, trials: Sequence[Trial], best: float) -> bool:
+    """Whether the explore seed cannot tell the suggestion from the best value."""
+    if _close(best, settings.suggestion):
+        return True
+    run = find(explored(settings, trials), (settings.suggestion, 1.0), settings.seed)
+    if run is None or run.state != "finished" or _fails_above(settings, trials):
+        return False
+    found = smoothed(settings, trials)
+    behind = found.means[run.max_norm] - found.means[best]
+    return behind < PREFER_SUGGESTION * found.noise
+
+
+def _fails_above(settings: Settings, trials: Sequence[Trial]) -> bool:
+    """Whether the next larger max_norm explored failed: then the suggestion was perhaps lucky."""
+    base = find(trials, (math.inf, 1.0), settings.seed)
+    above = [t for t in explored(settings, trials) if t.ended and t.max_norm > settings.suggestion]
+    nearest = above[0] if above else base
+    return nearest is not None and nearest.state in ("diverged", "stuck")
 
 
 def _winner_of_race(

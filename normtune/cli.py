@@ -19,6 +19,7 @@ from normtune.errors import NormtuneError
 if TYPE_CHECKING:
     from normtune.launch import Recorded as RecordedCommand
     from normtune.records import NormRecord
+    from normtune.results import SearchResult
     from normtune.search import Progress
     from normtune.sources import FoundSeries
     from normtune.suggestion import Suggestion
@@ -166,6 +167,7 @@ def _print_suggestion(suggestion: Suggestion, record: NormRecord, *, as_json: bo
         return
     if record.origin.kind != "normtune record":
         print(f"took {clean(sources.describe(record))}")
+    _print_plot(suggestion)
     print(format_suggestion(suggestion, width=_width()))
 
 
@@ -201,20 +203,25 @@ def _listed(series: FoundSeries) -> str:
     return "  ".join(parts if series.whole else [*parts, "(a part of the parameters)"])
 
 
-def _draw(suggestion: Suggestion, file: Path) -> None:
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        message = "--plot needs matplotlib; install it with: pip install 'normtune[plot]'"
-        raise NormtuneError(message) from None
-    mpl.use("agg")
-    axes = suggestion.plot()
-    first = axes[0] if isinstance(axes, tuple) else axes
-    try:
-        first.figure.savefig(file)  # type: ignore[union-attr]
-    except (OSError, ValueError) as error:
-        message = f"cannot draw to {file}: {error}"
-        raise NormtuneError(message) from None
+def _print_plot(suggestion: Suggestion) -> None:
+    """A small plot, on a terminal that has the room and the characters for it."""
+    from normtune.terminal import plot_lines
+
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower()
+    if sys.stdout.isatty() and encoding.startswith("utf"):
+        lines = plot_lines(suggestion.record, suggestion.max_norm, width=_width())
+        print("\n".join([*lines, ""] if lines else []), end="\n" if lines else "")
+
+
+def _draw(drawn: Suggestion | SearchResult, file: Path) -> None:
+    from normtune import pictures
+
+    def figure() -> Figure:
+        axes = drawn.plot()
+        first = axes[0] if isinstance(axes, tuple) else axes
+        return first.get_figure(root=True)  # type: ignore[return-value]  plot() made it
+
+    pictures.save(figure, file)
 
 
 # --- record ------------------------------------------------------------------------------------
@@ -315,6 +322,9 @@ def search(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Do not ask before the first run.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the runs to this file (.png, .svg, .pdf).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check the suggestion on validation loss: runs the study's trainings, ends with a verdict.
@@ -327,12 +337,80 @@ def search(
     if plan:
         print(plan_of(study, max_runs=max_runs, storage=storage))
         return
+    if plot is not None:
+        from normtune import pictures
+
+        pictures.check(plot)  # before hours of training, not after
     if not yes and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
         print(plan_of(study, max_runs=max_runs, storage=storage))
         typer.confirm("Start?", default=True, abort=True)
     with _search_progress(quiet=as_json) as progress:
         result = run_search(study, max_runs=max_runs, jobs=jobs, storage=storage, progress=progress)
     print(_json(result.to_dict()) if as_json else result)
+    if plot is not None:
+        _draw(result, plot)
+
+
+# --- report ------------------------------------------------------------------------------------
+
+
+@app.command()
+@_one_line
+def report(
+    source: Annotated[
+        str, typer.Argument(help="A study file (YAML), or a record or log as for suggest.")
+    ],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The file; report.html without, other formats are printed."
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="html, markdown, text or json; the file's ending without."),
+    ] = None,
+    rule: Annotated[str, typer.Option(help="As for suggest.")] = "p90",
+    skip: Annotated[str, typer.Option(help="As for suggest.")] = "0",
+    current: Annotated[float | None, typer.Option(help="As for suggest.")] = None,
+    key: Annotated[str | None, typer.Option(help="As for suggest.")] = None,
+    series: Annotated[str | None, typer.Option(help="As for suggest.")] = None,
+    attempt: Annotated[int | None, typer.Option(help="As for suggest.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="As for suggest.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(envvar="NORMTUNE_STORAGE", show_envvar=True, help="As for search."),
+    ] = None,
+) -> None:
+    """Make one page to share, from a study or from norms; nothing is trained."""
+    from normtune import reports
+    from normtune.pages import FORMS
+
+    wanted = reports.form_of(form, output)
+    file = reports.PAGE if output is None and wanted == "html" else output
+    is_study = Path(source).suffix.lower() in reports.STUDIES
+    asked = reports.Asked(
+        rule=rule,
+        skip=skip,
+        current=current,
+        key=key,
+        series=series,
+        attempt=attempt,
+        optimizer=optimizer,
+        storage=storage if is_study else None,  # it may come from the environment
+    )
+    made_by = {"format": form} if form else {}
+    made_by |= {"output": str(output)} if output else {}
+    content = reports.content_of(
+        sys.stdin.buffer if source == "-" else source, asked, made_by=made_by
+    )
+    text = FORMS[wanted](content)
+    if file is None:
+        print(text, end="")
+        return
+    reports.write(text, file, source=source)
+    print(f"wrote {file} ({len(text.encode()) / 1000:.0f} kB)")
 
 
 # --- progress ----------------------------------------------------------------------------------

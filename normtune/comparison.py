@@ -19,11 +19,14 @@ Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.03  # one-sided, per look: two looks at .03 err in .05 of equal pairs (EVIDENCE, search)
 LEVEL_THREE_LOOKS = 0.025  # three looks at .025 do
+THREE_LOOKS_FROM = 40  # runs that can reach ten fresh seeds of the fewest arms
 MIN_PAIRS = 2  # an sd of differences needs two
 PRIOR_DF = 4  # how far the noise of the other arms may speak for a pair; see studies/LOG.md
 NEAR_BEST_SD = 3.0  # arms further from the best have another noise (DESIGN 4, margin)
-MORE_FAILURES = 2  # so many more failures make an arm less reliable ...
-MORE_FAILURES_BOTH = 3  # ... where the other arm failed too
+# So many more failures make an arm less reliable, one more where the other arm failed, too. Two
+# of 6 against none would be said of .08 of pairs that both fail with probability .15.
+MORE_FAILURES = 2
+MORE_FAILURES_FROM_4 = 3
 MAX_MORE_SEEDS = 100
 TINY = 0.001  # a margin below this share of the loss gained is measurable but tiny
 NOISY = 0.05  # a margin above it is too noisy to choose by
@@ -120,7 +123,7 @@ def compare(
     both = np.isfinite(x) & np.isfinite(y)
     pairs = x[both] - y[both]
     interval = _interval(pairs, level, noise or Noise())
-    relation, reason = _relate(interval, margin, failed_a, failed_b)
+    relation, reason = _relate(interval, margin, failed_a, failed_b, len(x))
     if identical:
         relation, reason = "equal", "identical"
     decided = relation != "undecided"
@@ -175,9 +178,9 @@ def _t(level: float, df: float) -> float:
 
 
 def _relate(
-    interval: _Interval, margin: float, failed_a: int, failed_b: int
+    interval: _Interval, margin: float, failed_a: int, failed_b: int, n: int
 ) -> tuple[Relation, str]:
-    need = MORE_FAILURES_BOTH if failed_a and failed_b else MORE_FAILURES
+    need = (MORE_FAILURES if n < 4 else MORE_FAILURES_FROM_4) + bool(failed_a and failed_b)
     if abs(failed_a - failed_b) >= need:
         return ("worse" if failed_a > failed_b else "better"), "reliability"
     if -margin < interval.low and interval.high < margin:
@@ -390,14 +393,20 @@ class Runs:
         return unclipped and same(a.lr_factor, b.lr_factor) and (a.free or b.free)
 
     def _noise(self, a: Arm, b: Arm) -> Noise:
-        """The residual variance of the trained arms near the best, without this pair's own part."""
+        """The residual variance of the trained arms near the best, without this pair's own part.
+
+        Where they say nothing, the variance of a single run stands in: with seeds that make arms
+        go together it is too large, never too small.
+        """
         arms = self.near_best()
         with_pair = [*arms, *(arm for arm in (a, b) if not any(_is(arm, o) for o in arms))]
         squares, df = self._residual(with_pair)
         own_squares, own_df = self._residual([a, b])
         rest = df - own_df
         if rest <= 0:
-            return Noise()
+            sd = self.single_run_sd(arms)
+            df = sum(max(len(self._trained(arm)) - 1, 0) for arm in arms)
+            return Noise(sd**2, df) if df else Noise()
         return Noise(max(squares - own_squares, 0.0) / rest, rest)
 
     def _residual(self, arms: Sequence[Arm]) -> tuple[float, int]:
@@ -500,8 +509,8 @@ def _margin_note(runs: Runs, margin: float, scale: float) -> str:
 
 
 def level_of(settings: Settings) -> float:
-    """The one-sided error per look: three looks from 58 runs up, else two."""
-    return LEVEL_THREE_LOOKS if settings.max_runs >= 58 else LEVEL
+    """The one-sided error per look: from 40 runs up a third look may be reached."""
+    return LEVEL_THREE_LOOKS if settings.max_runs >= THREE_LOOKS_FROM else LEVEL
 
 
 def verdict(settings: Settings, trials: Sequence[Trial]) -> Verdict:

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kind:
-    """One thing that can be wrong; norms recorded like this carry no suggestion if it blocks."""
+    """One thing that can be wrong; norms recorded like this carry no suggestion if it blocks.
+
+    What blocks must be seen a few times, since a loop may begin oddly; `at_once` needs no second.
+    """
 
     sentence: str
     blocks: bool = False
+    at_once: bool = False
 
 
 KINDS = {
@@ -80,6 +84,7 @@ KINDS = {
         "a CUDA graph captures the step: hooks run at its capture only, not at its replay, so "
         "those steps are not recorded; record a run without the graph",
         blocks=True,
+        at_once=True,  # a graph is captured once and replayed unseen
     ),
     "fsdp1-shards": Kind(
         "{site} steps on the shards of FSDP1, of which each rank has only its own, and the loop "

@@ -70,7 +70,7 @@ def headline(suggestion: Suggestion) -> str:
     skipped = f", first {s.skipped_first} left out" if s.skipped_first else ""
     kind = "unclipped norms" if s.record.origin.clip_side == "before" else "norms"
     norms = f"{s.n_steps - s.n_nonfinite} {kind}"
-    return f"{clean(s.label)} of {norms} at {_rate(s)}{skipped}{_interval(s)}"
+    return f"{clean(s.label)} of {norms} at {rate(s)}{skipped}{_interval(s)}"
 
 
 def shares_line(suggestion: Suggestion) -> str:
@@ -146,7 +146,8 @@ def format_suggestion(suggestion: Suggestion, *, width: int = 100) -> str:
     return "\n".join([*lines, f"paste   {first}", *(f"        {line}" for line in others)])
 
 
-def _rate(s: Suggestion) -> str:
+def rate(s: Suggestion) -> str:
+    """The learning rate of the window, and the optimizer."""
     optimizer = f" ({clean(s.optimizer)})" if s.optimizer else ""
     if not math.isfinite(s.lr):
         return f"unknown lr{optimizer}"

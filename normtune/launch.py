@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
@@ -25,6 +25,9 @@ from normtune.errors import NormtuneError, RecordError, SuggestionError
 from normtune.orders import Orders
 from normtune.records import SUFFIX, NormRecord
 from normtune.suggestion import Suggestion, suggest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 GRACE_SECONDS = 15.0  # for a command that has recorded enough to end by itself
@@ -106,6 +109,13 @@ class Launched:
         except OSError as error:
             message = f"cannot start {self.argv[0]}: {error.strerror or error}"
             raise NormtuneError(message) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.exit_code is None:
+            self.end()
 
     @property
     def pid(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from normtune.arms import choose_arms, clipping_leads, ranked, rates, unbracketed
-from normtune.comparison import Runs, Verdict, verdict
+from normtune.comparison import LEVEL, Runs, Verdict, verdict
 from normtune.surrogate import propose
 from normtune.trials import (
     Arm,
@@ -45,6 +45,7 @@ __all__ = [
 COMMON = (1.0, 10.0)  # what people use without measuring; always a row of the table
 FIRST_VALUES = 4  # clipped values before the sampler proposes: a GP of fewer points is a guess
 FIRST_FACTORS = (1 / 3, 1 / 10)  # rates that users step through; the rest is bracketing
+CLEAR_LEAD = 0.5  # sd of one run; a smaller lead is noise in most studies and waits for fresh seeds
 LOWEST_FACTOR = 1e-4
 ATTEMPTS = 2  # a crashed run is tried once more, then left out
 LOOKS = (3, 6, 10)  # fresh seeds after which a question may be called decided
@@ -327,16 +328,22 @@ def _asked(state: _State) -> list[Planned]:
 
 
 def _learning_rate(state: _State) -> Plan | None:
-    left = state.split.lr - state.spent("lr")
-    if left <= 0 or not clipping_leads(state.settings, state.trials):
-        return _wait(state, "lr")
+    """Lower rates at once where clipping clearly leads; else only once fresh seeds say so."""
+    if state.spent("lr") or clipping_leads(state.settings, state.trials, by=CLEAR_LEAD):
+        return _lower_rates(state)
+    return None
+
+
+def _lower_rates(state: _State) -> Plan | None:
+    budget = state.settings.max_runs - state.spent("explore", "lr", "race", "confirm")
+    left = min(state.split.lr - state.spent("lr"), budget)
     seed = state.settings.seed
     factors = [f for f in FIRST_FACTORS if state.open((math.inf, f), seed)]
     reason = "a lower learning rate instead of clipping"
     if not factors and not state.running("lr"):
         factors = [f for f in _refined(state) if state.open((math.inf, f), seed)]
         reason = "between or below the rates tried, until the best is bracketed"
-    runs = [state.planned((math.inf, f), seed, "lr", reason) for f in factors][:left]
+    runs = [state.planned((math.inf, f), seed, "lr", reason) for f in factors][: max(left, 0)]
     if runs:
         return Plan(tuple(runs), "lr", "a clipped value leads: does a lower learning rate, too?")
     return _wait(state, "lr")
@@ -388,11 +395,14 @@ def _race(state: _State) -> Plan | None:
 
 def _confirm(state: _State) -> Plan | None:
     budget = state.settings.max_runs - state.spent("explore", "lr", "race", "confirm")
-    for seeds, arms in _rows(state):
+    for step in _steps(state):
+        if step.lower_rates:
+            plan = _lower_rates(state)
+            if plan is not None:
+                return plan
         runs = [
-            state.planned(arm, seed, "confirm", "fresh seed")
-            for seed in seeds
-            for arm in arms
+            state.planned(arm, seed, "confirm", step.reason)
+            for arm, seed in step.cells
             if state.open(arm, seed) and _ready(state, arm, seed)
         ]
         runs = _within(runs, budget)
@@ -400,44 +410,67 @@ def _confirm(state: _State) -> Plan | None:
             return Plan(tuple(runs), "confirm", f"{budget} runs left for fresh paired seeds")
         if state.running("confirm"):
             return Plan((), "confirm", "waiting for the runs of these seeds")
-        if budget <= 0:
+        if any(state.open(arm, seed) for arm, seed in step.cells):
             return None
     return None
 
 
 def _ready(state: _State, arm: Arm, seed: int) -> bool:
     """An arm that is likely free waits for the unclipped run of its seed."""
-    base = state.trial((math.inf, arm[1]), seed)
+    none = (math.inf, arm[1])
+    base = state.trial(none, seed)
     waits = base is None or base.state == "running"
-    return not (waits and state.may_be_free(arm) and not state.left_out((math.inf, arm[1]), seed))
+    return not (waits and state.may_be_free(arm) and not state.left_out(none, seed))
 
 
-def _rows(state: _State) -> Iterator[tuple[list[int], list[Arm]]]:
-    """Blocks of fresh seeds between checkpoints, each with the arms that still need runs."""
+@dataclass(frozen=True)
+class _Step:
+    """Runs that may go side by side: every arm with an open question, up to one look."""
+
+    cells: tuple[tuple[Arm, int], ...]
+    reason: str
+    lower_rates: bool = False  # whether fresh seeds call for the learning-rate search first
+
+
+def _steps(state: _State) -> Iterator[_Step]:
+    """Fresh seeds look by look: first the arms of the sentence, then those of the suggestion.
+
+    What an earlier step decides rests on the runs of the steps before it alone, so that a study
+    that is killed and started again walks the same way.
+    """
     first = state.settings.seed + 1
-    arms = _arms_to_confirm(state)
-    start = 0
-    for checkpoint in (DROP_AFTER, *LOOKS):
-        if not arms:
-            return
-        yield [first + i for i in range(start, checkpoint)], arms
-        known = [t for t in state.trials if t.stage != "confirm" or t.seed < first + checkpoint]
-        arms = _alive(state, arms, known)
-        if checkpoint in LOOKS:
-            arms = _undecided(state, arms, known)
-        start = checkpoint
+    done: list[tuple[Arm, int]] = []
+    for look in (DROP_AFTER, *LOOKS):
+        for questions, reason in (
+            (_sentence_arms, "fresh seeds for the sentence"),
+            (_suggestion_arms, "fresh seeds for the suggestion"),
+        ):
+            if questions is _suggestion_arms and look == DROP_AFTER:
+                continue  # the sentence's third seed comes before the suggestion's first
+            known = _known(state, done)
+            arms = questions(state, known, look)
+            cells = [(arm, first + i) for i in range(look) for arm in arms]
+            done += cells
+            late = look in LOOKS[1:] and not state.arms.lower
+            late = late and verdict(state.settings, known).kind == 4
+            yield _Step(tuple(cells), reason, lower_rates=late)
+    lower = _clipped_lower(state, _known(state, done))
+    yield _Step(lower, "is clipping worth it at the lower rate, too")
 
 
-def _arms_to_confirm(state: _State) -> list[Arm]:
-    """In order of need: a short budget serves the first of them."""
-    chosen = state.arms
-    lower = list(chosen.lower) if clipping_leads(state.settings, state.trials) else []
-    wanted = [chosen.none, chosen.best, *lower, chosen.suggestion]
-    if chosen.current is not None:
-        wanted.append(chosen.current)
+def _known(state: _State, cells: Sequence[tuple[Arm, int]]) -> list[Trial]:
+    """The trials that the confirming of `cells` could see."""
+    return [
+        t
+        for t in state.trials
+        if t.stage != "confirm" or any(t.seed == s and _same_arm(t.arm, a) for a, s in cells)
+    ]
+
+
+def _distinct_arms(arms: Sequence[Arm | None]) -> list[Arm]:
     kept: list[Arm] = []
-    for arm in wanted:
-        if not any(_same_arm(arm, other) for other in kept):
+    for arm in arms:
+        if arm is not None and not any(_same_arm(arm, other) for other in kept):
             kept.append(arm)
     return kept
 
@@ -446,48 +479,71 @@ def _same_arm(a: Arm, b: Arm) -> bool:
     return same(a[0], b[0]) and same(a[1], b[1])
 
 
-def _alive(state: _State, arms: Sequence[Arm], known: Sequence[Trial]) -> list[Arm]:
-    """The arms that neither failed in every fresh seed nor lie hopelessly behind."""
-    runs = Runs(state.settings, known)
-    means = {}
-    for arm in arms:
-        finite = [v for v in runs.losses(arm).values() if math.isfinite(v)]
-        if finite or len(runs.losses(arm)) < DROP_AFTER:
-            means[arm] = sum(finite) / len(finite) if finite else math.inf
-    if not means:
-        return []
-    best, sd = min(means.values()), runs.single_run_sd()
-    return [arm for arm in means if not means[arm] - best > HOPELESS_SD * sd]
-
-
-def _undecided(state: _State, arms: Sequence[Arm], known: Sequence[Trial]) -> list[Arm]:
-    """The arms with an open question left."""
-    said = verdict(state.settings, known)
-    needed = _open_questions(said, state)
-    return [arm for arm in arms if any(_same_arm(arm, other) for other in needed)]
-
-
-def _open_questions(said: Verdict, state: _State) -> list[Arm]:
+def _sentence_arms(state: _State, known: Sequence[Trial], look: int) -> list[Arm]:
+    """The arms that the sentence still needs; a short budget serves the first of them."""
     chosen = state.arms
-    found = said.comparisons
-    needed: list[Arm] = []
-    if said.kind in (6, "none"):
-        needed += [chosen.best, chosen.none]
-    if said.kind == 4:
-        needed += [chosen.best]
-        needed += [
-            arm
-            for i, arm in enumerate(chosen.lower, start=1)
-            if found.get(f"lower {i} vs best") is None
-            or found[f"lower {i} vs best"].relation == "undecided"
+    lower = chosen.lower
+    if look == DROP_AFTER:
+        return _distinct_arms([chosen.none, chosen.best, *lower])
+    said = verdict(state.settings, known)
+    pairs: list[tuple[Arm, Arm]] = []
+    if look == LOOKS[0]:  # no look yet: only what is hopeless is settled
+        pairs = [(chosen.best, chosen.none), *((arm, chosen.best) for arm in lower)]
+        runs = Runs(state.settings, known)
+        pairs = [pair for pair in pairs if not _hopeless(runs, said, *pair)]
+    elif said.kind in (4, 6):
+        pairs = [
+            (arm, chosen.best)
+            for i, arm in enumerate(lower, start=1)
+            if not _says(said, f"lower {i} vs best", "worse")
         ]
-    if said.suggestion_vs_none == "undecided":
-        needed += [chosen.suggestion, chosen.none]
+        if said.kind == 6:
+            pairs.insert(0, (chosen.best, chosen.none))
+    return _distinct_arms([arm for pair in pairs for arm in reversed(pair)])
+
+
+def _suggestion_arms(state: _State, known: Sequence[Trial], look: int) -> list[Arm]:
+    """The arms that the suggestion's questions still need."""
+    chosen = state.arms
+    said = verdict(state.settings, known)
+    open_at_all = look == LOOKS[0]
+    wanted: list[Arm | None] = []
     if said.suggestion_vs_best == "undecided":
-        needed += [chosen.suggestion, chosen.best]
-    if said.suggestion_vs_current == "undecided" and chosen.current:
-        needed += [chosen.suggestion, chosen.current]
-    return needed
+        wanted += [chosen.suggestion, chosen.best]
+    if said.suggestion_vs_none == "undecided":
+        wanted += [chosen.suggestion, chosen.none]
+    if chosen.current and (open_at_all or said.suggestion_vs_current == "undecided"):
+        wanted += [chosen.suggestion, chosen.current]
+    return _distinct_arms(wanted)
+
+
+def _says(said: Verdict, name: str, relation: str) -> bool:
+    return name in said.comparisons and said.comparisons[name].relation == relation
+
+
+def _hopeless(runs: Runs, said: Verdict, a: Arm, b: Arm) -> bool:
+    """Whether one of two arms failed in every seed, or lies so far behind that it is decided."""
+    x, y = runs.losses(a), runs.losses(b)
+    seeds = [s for s in x if s in y]
+    found = runs.compare(a, b, margin=said.margin.loss, level=LEVEL)
+    if len(seeds) < DROP_AFTER or found.relation not in ("better", "worse"):
+        return False
+    far = abs(found.difference) > HOPELESS_SD * runs.single_run_sd()
+    return found.reason == "reliability" or far
+
+
+def _clipped_lower(state: _State, known: Sequence[Trial]) -> tuple[tuple[Arm, int], ...]:
+    """The best max_norm at the winning lower rate, on the seeds that this rate has."""
+    said = verdict(state.settings, known)
+    if state.settings.max_runs < CLIPPED_LOWER_FROM or said.kind not in (2, 3):
+        return ()
+    rate = state.arms.lower[0][1]
+    for i, (_, factor) in enumerate(state.arms.lower, start=1):
+        if _says(said, f"lower {i} vs best", "better"):
+            rate = factor
+            break
+    seeds = sorted(Runs(state.settings, known).of((math.inf, rate)))
+    return tuple(((state.arms.best[0], rate), seed) for seed in seeds)
 
 
 # --- words for --plan --------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -102,11 +102,12 @@ class Ranks:
 
     def _verdict(self) -> str:
         key = f"{self._name}/verdict"
-        try:
-            self._store.wait([key], timedelta(seconds=MEET_SECONDS))
-        except RuntimeError:
-            # Whoever asks first settles it for all, or one rank would go on alone.
-            return self._settle("alone")
+        deadline = time.monotonic() + MEET_SECONDS
+        while not self._store.check([key]):  # not store.wait, which complains on stderr
+            if time.monotonic() > deadline:
+                # Whoever asks first settles it for all, or one rank would go on alone.
+                return self._settle("alone")
+            time.sleep(0.01)
         return str(self._store.get(key).decode())
 
     def _settle(self, verdict: str) -> str:

@@ -112,6 +112,7 @@ class NormRecorder:
         self._flushed_at = time.monotonic()
         self._max_norm: float | None = None
         self._metadata = dict(metadata or {})
+        self._clipped_after: int | None = None  # the backward pass that an imposed clip followed
         self._skip_after: int | None = None  # the backward pass whose step the belt leaves out
         self._own: dict[tuple[int, bool], Series] = {}
         continues, counts = _last_steps(path) if resume else ({}, {})
@@ -407,6 +408,8 @@ class NormRecorder:
         if event is not None and event.repeats and self._max_norm != math.inf:
             return math.inf  # these gradients are clipped already
         limit = self._limit(event.norm) if event is not None else self._max_norm
+        if event is None and limit != math.inf:
+            self._clipped_after = self._pairing.backwards.count
         if limit == 0.0:
             self._skip_after, limit = self._pairing.backwards.count, math.inf
         if event is not None:
@@ -571,6 +574,21 @@ class NormRecorder:
             self._set_gradients_aside(parameters)
         elif step.uncovered and not step.clipped and limit not in (None, math.inf):
             self._clip_rest(step.uncovered, limit, scale)
+        elif self._measure == "backward" and self._max_norm is not None:
+            self._impose_unseen(parameters, scale)
+
+    def _impose_unseen(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
+        """With ``measure="backward"`` no clip call need come: impose right before the step."""
+        called = self._clipped_after == self._pairing.backwards.count
+        if called or (self._max_norm == math.inf and self._belt is None):
+            return
+        with_grad = [p for p in parameters if p.grad is not None]
+        norm, _ = self._pairing.measure(with_grad)
+        limit = self._limit(norm if scale is None else divided(norm, scale))
+        if limit == 0.0:
+            self._set_gradients_aside(parameters)
+        elif limit not in (None, math.inf):
+            self._clip_rest(with_grad, limit, scale)
 
     def _listen_to_new(self, parameters: Sequence[Tensor]) -> None:
         """Parameters that were added to the optimizer meanwhile."""
@@ -687,8 +705,9 @@ class NormRecorder:
         text = findings.sentence(kind, site, **facts) if known is None else known.text
         count = 1 if known is None else known.count + 1
         first = self.n_steps + 1 if known is None else known.step
-        sure = count >= SURE_AFTER or self.n_steps < SURE_AFTER
-        blocks = findings.KINDS[kind].blocks and sure
+        known_kind = findings.KINDS[kind]
+        sure = known_kind.at_once or count >= SURE_AFTER or self.n_steps < SURE_AFTER
+        blocks = known_kind.blocks and sure
         self._findings[(kind, site)] = Finding(kind, text, site, first, count, blocks)
 
     def _guarded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

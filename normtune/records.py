@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from normtune import markup
 from normtune.errors import RecordError
+from normtune.format import number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -198,6 +200,9 @@ class NormRecord:
             groups={name: values[keep] for name, values in self.groups.items()},
         )
 
+    def _repr_html_(self) -> str:
+        return _html(self)
+
     def to_frame(self) -> pd.DataFrame:
         """A pandas DataFrame with one row a step."""
         import pandas as pd
@@ -210,6 +215,25 @@ class NormRecord:
             "skipped": self.skipped,
         }
         return pd.DataFrame(columns | {f"group {k}": v for k, v in self.groups.items()})
+
+
+def _html(record: NormRecord) -> str:
+    finite = record.finite
+    rows: list[tuple[str, object]] = [("steps", len(record)), ("series", record.series)]
+    if len(finite):
+        ends = (float(finite.min()), float(np.median(finite)), float(finite.max()))
+        names = ("smallest norm", "median norm", "largest norm")
+        rows += list(zip(names, map(number, ends), strict=True))
+    rows.append(("not finite", int((~np.isfinite(record.norms)).sum())))
+    rows += [
+        (key, record.metadata[key]) for key in ("optimizer", "torch") if key in record.metadata
+    ]
+    name = record.origin.path or "memory"
+    picture = markup.sparkline(finite, "norms over the steps, on a logarithmic scale")
+    notes = markup.points((*record.origin.notes, *(f.text for f in record.findings)))
+    return (
+        f"<p><b>NormRecord</b> from {markup.text(name)}</p>{picture}{markup.table((), rows)}{notes}"
+    )
 
 
 def _floats(values: npt.ArrayLike) -> Floats:
@@ -462,6 +486,25 @@ def last_steps(path: str | os.PathLike[str]) -> tuple[str, dict[str, int]]:
     chain, _ = _chain(_Lines.read(Path(path)), None)
     steps = {name: max(int(s.max()) for s in rows.steps) for name, rows in _split(chain).items()}
     return chain[-1].id, steps
+
+
+def starts(path: str | os.PathLike[str], *, series: str | None = None) -> tuple[NormRecord, ...]:
+    """Every start of the run in a record file by itself, in the order of the file.
+
+    Args:
+        path: The file.
+        series: Which series; starts without it are left out.
+
+    Raises:
+        RecordError: If the file is missing or no record.
+    """
+    lines = _Lines.read(Path(path))
+    chains = [[attempt] for attempt in lines.attempts if attempt.blocks]
+    found = [(chain, _split(chain)) for chain in chains]
+    taken = [(c, rows, series or max(rows, key=lambda k: rows[k].n)) for c, rows in found]
+    return tuple(
+        _assemble(lines, c, name, rows[name], ()) for c, rows, name in taken if name in rows
+    )
 
 
 def is_record(start: bytes) -> bool:

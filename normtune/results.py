@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from normtune import records
+from normtune import markup, records
 from normtune.comparison import ArmRow, Verdict
 from normtune.format import count, number
 from normtune.trials import Settings, Trial
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,26 @@ class SearchResult:
     def __str__(self) -> str:
         return format_result(self)
 
+    def _repr_html_(self) -> str:
+        return _html(self)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw validation values over max_norm: seeds, arms, free and failed runs.
+
+        Args:
+            ax: Where to draw; a new figure without it.
+
+        Returns:
+            `ax`, or the axes of the new figure.
+        """
+        from normtune import plots
+
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            ax = plt.subplots(figsize=(7.0, 5.0), layout="constrained")[1]
+        return plots.plot_losses(self, ax)
+
     def to_frame(self) -> pd.DataFrame:
         """A pandas DataFrame with one row a training."""
         import pandas as pd
@@ -69,15 +90,25 @@ class SearchResult:
 def format_result(result: SearchResult) -> str:
     """The table of arms, the sentence, and what it says of the suggestion."""
     verdict = result.verdict
-    lines = [_runs_line(result), result.why_ended, ""]
+    lines = [runs_line(result), result.why_ended, ""]
     if verdict.arms:
         lines += [*_table(verdict.arms), ""]
-    lines += [verdict.sentence, _about_suggestion(result)]
+    lines += [verdict.sentence, about_suggestion(result)]
     lines += [f"  - {note}" for note in (*verdict.notes, *result.notes)]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _runs_line(result: SearchResult) -> str:
+def _html(result: SearchResult) -> str:
+    verdict = result.verdict
+    head = markup.text(runs_line(result))
+    table = markup.table(HEADER, [row(arm) for arm in verdict.arms]) if verdict.arms else ""
+    said = f"<p><b>{markup.text(verdict.sentence)}</b></p>"
+    about = f"<p>{markup.text(about_suggestion(result))}</p>"
+    return f"<p>{head}</p>{said}{about}{table}{markup.points((*verdict.notes, *result.notes))}"
+
+
+def runs_line(result: SearchResult) -> str:
+    """How many trainings there were, how long they took, and how many failed."""
     ended = [t for t in result.trials if not t.free and t.state != "running"]
     free = sum(t.free for t in result.trials)
     failed = sum(t.state in ("diverged", "stuck") for t in ended)
@@ -93,7 +124,7 @@ HEADER = ("arm", "max_norm", "rate", "clipped", "failed", "value", "sd", "agains
 
 
 def _table(arms: Sequence[ArmRow]) -> list[str]:
-    rows = [HEADER, *(_row(arm) for arm in arms)]
+    rows = [HEADER, *(row(arm) for arm in arms)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     return [
         "  "
@@ -105,7 +136,8 @@ def _table(arms: Sequence[ArmRow]) -> list[str]:
     ]
 
 
-def _row(arm: ArmRow) -> tuple[str, ...]:
+def row(arm: ArmRow) -> tuple[str, ...]:
+    """The cells of an arm, as `HEADER` names them."""
     free = f" ({arm.free} free)" if arm.free else ""
     return (
         arm.label,
@@ -150,7 +182,8 @@ WORDS_CURRENT = {
 }
 
 
-def _about_suggestion(result: SearchResult) -> str:
+def about_suggestion(result: SearchResult) -> str:
+    """What the verdict says of the suggestion: against no clipping, the best and the current."""
     verdict, settings = result.verdict, result.settings
     if verdict.kind == "none":
         return f"the suggestion {number(settings.suggestion)} was not tried on fresh seeds"

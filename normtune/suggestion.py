@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
 import re
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normtune import format as formatting
-from normtune import rules, statistics
+from normtune import markup, rules, statistics
 from normtune.doubts import FEWEST, Choice, doubts_about
 from normtune.errors import SuggestionError
 from normtune.format import number, share
@@ -474,17 +473,11 @@ def _json(value: Any) -> Any:
 
 
 def _html(suggestion: Suggestion) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in (*formatting.HEADINGS, ""))
-    body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
-        for row in formatting.table_rows(suggestion)
-    )
-    *doubts, closing = (html.escape(formatting.clean(d)) for d in suggestion.doubts)
-    points = "".join(f"<li>{doubt}</li>" for doubt in doubts)
-    paste = html.escape("\n".join(formatting.paste_lines(suggestion)))
+    *doubts, closing = suggestion.doubts
+    value, head = number(suggestion.max_norm, 8), markup.text(formatting.headline(suggestion))
+    paste = "\n".join(map(markup.text, formatting.paste_lines(suggestion)))
     return (
-        f"<p><b>suggested max_norm {number(suggestion.max_norm, 8)}</b>: "
-        f"{html.escape(formatting.headline(suggestion))}</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"<ul>{points}</ul><p>{closing}</p><pre>{paste}</pre>"
+        f"<p><b>suggested max_norm {value}</b>: {head}</p>"
+        f"{markup.table((*formatting.HEADINGS, ''), formatting.table_rows(suggestion))}"
+        f"{markup.points(doubts)}<p>{markup.text(closing)}</p><pre>{paste}</pre>"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -62,14 +63,32 @@ def propose(settings: Settings, trials: Sequence[Trial]) -> float:
     return float(10 ** grid[best]) if gain[best] > 0 else _widest_gap(low, top, taken)
 
 
-def smoothed(settings: Settings, trials: Sequence[Trial]) -> dict[float, float]:
-    """The surrogate's mean at every ended run of the explore seed, by max_norm (inf: none).
+@dataclass(frozen=True)
+class Smoothed:
+    """What the surrogate makes of the ended runs of the explore seed; standardized, no unit.
 
-    The means are standardized: they rank the values and carry no unit.
+    Attributes:
+        means: Its mean by max_norm; inf is no clipping.
+        noise: The sd of one run around it.
     """
+
+    means: dict[float, float]
+    noise: float
+
+
+def smoothed(settings: Settings, trials: Sequence[Trial]) -> Smoothed:
+    """The surrogate at every ended run of the explore seed."""
+    base = find(trials, (math.inf, 1.0), settings.seed)
+    runs = [*explored(settings, trials), *([base] if base is not None else [])]
+    return _smoothed(settings, tuple(runs))
+
+
+@functools.lru_cache(maxsize=64)  # the planner asks for the same runs many times
+def _smoothed(settings: Settings, trials: tuple[Trial, ...]) -> Smoothed:
     data = _data(settings, trials)
     weights, means, _ = _posterior(data.x, data.y, data.x)
-    return dict(zip(data.values, (weights @ means).tolist(), strict=True))
+    noise = math.sqrt(float(weights @ np.tile(NOISES, len(LENGTHS))))
+    return Smoothed(dict(zip(data.values, (weights @ means).tolist(), strict=True)), noise)
 
 
 def _data(settings: Settings, trials: Sequence[Trial]) -> _Data:

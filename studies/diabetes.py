@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 BATCH = 32
-DEFAULTS = {"optimizer": "SGD", "lr": 1e-3, "steps": 1600, "hidden": 64}
+DEFAULTS = {"optimizer": "SGD", "lr": 3e-4, "steps": 800, "hidden": 64}
 
 
 @functools.cache

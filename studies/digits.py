@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 BATCH = 32
-DEFAULTS = {"optimizer": "SGD", "lr": 0.02, "steps": 1600, "hidden": 64}
+DEFAULTS = {"optimizer": "SGD", "lr": 0.05, "steps": 800, "hidden": 64}
 
 
 @functools.cache

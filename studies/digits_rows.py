@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 BATCH = 32
-DEFAULTS = {"optimizer": "SGD", "lr": 1.0, "steps": 800, "hidden": 48}
+DEFAULTS = {"optimizer": "SGD", "lr": 1.0, "steps": 400, "hidden": 48}
 
 
 class Rows(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import poisson_nll_loss
 
 BATCH = 64
-DEFAULTS = {"optimizer": "SGD", "lr": 0.1, "steps": 1600, "hidden": 32}
+DEFAULTS = {"optimizer": "SGD", "lr": 0.1, "steps": 800, "hidden": 32}
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, one_hot
 LENGTH = 20  # symbols in one sequence
 SYMBOLS = 6  # four that mean nothing, then the two whose order is asked
 BATCH = 32
-DEFAULTS = {"optimizer": "SGD", "lr": 0.1, "steps": 1600, "hidden": 40}
+DEFAULTS = {"optimizer": "SGD", "lr": 0.1, "steps": 800, "hidden": 40}
 
 
 class Order(nn.Module):

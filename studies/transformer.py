@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 
 TEXT = "\n".join(topics[name] for name in sorted(topics))
 LENGTH = 32  # characters in one training example
-BATCH = 32
-DEFAULTS = {"optimizer": "AdamW", "lr": 0.01, "steps": 400, "width": 32, "layers": 2}
+BATCH = 16
+DEFAULTS = {"optimizer": "AdamW", "lr": 0.01, "steps": 240, "width": 32, "layers": 2}
 
 
 class PostLN(nn.Module):

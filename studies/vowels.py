@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 BATCH = 30
-DEFAULTS = {"optimizer": "SGD", "lr": 1.0, "steps": 400, "hidden": 32}
+DEFAULTS = {"optimizer": "SGD", "lr": 3.0, "steps": 400, "hidden": 32}
 
 
 class Speaker(nn.Module):

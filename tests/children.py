@@ -51,7 +51,7 @@ def train_and_forget(path, how):
 
 def end_in_every_way(folder):
     """A program for each ending, forked before it makes anything; prints their exit codes."""
-    import torch  # noqa: F401  loaded once for all
+    import torch._dynamo  # noqa: F401  loaded once for all: every optimizer needs it
 
     for how in ENDINGS:
         pid = os.fork()

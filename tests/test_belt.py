@@ -115,6 +115,16 @@ def test_a_loop_that_leaves_out_non_finite_steps_itself_loses_no_other():
     run.recorder.close()
 
 
+def test_the_belt_holds_where_norms_are_measured_at_the_end_of_backward():
+    """For loops that clip by their own arithmetic, or not at all."""
+    norms = [1.0] * 20 + [500.0, math.nan] + [1.0] * 3
+    run = Scripted(norms, recorder=belted(measure="backward"))
+    expected = [0.1] * 20 + [0.1 * CLIP, 0.0] + [0.1] * 3
+    np.testing.assert_allclose(run.moved(), expected, rtol=1e-3)
+    assert np.flatnonzero(run.recorder.record.belted).tolist() == [20, 21]
+    run.recorder.close()
+
+
 def test_the_belt_is_off_for_the_first_steps_and_after_the_warmup():
     """A few steps make no median, and then the suggestion is in force."""
     norms = [1.0] * (AFTER - 1) + [1000.0]

@@ -12,16 +12,17 @@ HOUSE = Path(__file__).parent.parent / "normtune"
 
 # Lower floors first; a room imports from lower floors only.
 FLOORS = [
-    {"errors", "statistics", "findings", "trials", "shares"},
-    {"records", "rules", "format", "comparison", "learning_rates"},
-    {"sources", "gradients", "doubts", "plots", "tasks", "plan", "results"},
-    {"interception", "optimizers", "suggestion", "processes", "ledger", "study"},
-    {"pairing", "belt"},
-    {"buffer"},
+    {"errors", "statistics", "findings", "trials", "shares", "format"},
+    {"markup", "terminal"},
+    {"records", "rules", "comparison", "learning_rates"},
+    {"sources", "gradients", "doubts", "plots", "tasks", "plan"},
+    {"results", "interception", "optimizers", "suggestion", "processes", "ledger", "study"},
+    {"pairing", "belt", "pictures", "contents"},
+    {"buffer", "pages"},
     {"recorder"},
     {"run", "baseline", "automatic", "integrations", "launch"},
-    {"controller"},
-    {"search"},
+    {"controller", "stored"},
+    {"search", "reports"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -292,6 +292,23 @@ def test_measure_backward_without_an_optimizer_has_a_row_for_each_backward():
     recorder.close()
 
 
+@pytest.mark.parametrize("clip", [None, 5.0])
+def test_measure_backward_imposes_right_before_the_step(clip):
+    """Bit for bit torch's clip at it, with and without a clip call of the loop's own."""
+
+    def parameters(recorder_of, clip):
+        model = loops.net()
+        recorder, true = train(recorder_of, clip=clip, model=model)
+        if recorder is not None:
+            recorder.close()
+            np.testing.assert_allclose(recorder.record.norms, true, rtol=1e-5)
+            assert set(recorder.record.max_norm) == {0.21}
+        return list(model.parameters())
+
+    ours = parameters(lambda o: NormRecorder(o, measure="backward", max_norm=0.21), clip)
+    assert all(map(torch.equal, ours, parameters(lambda _: None, 0.21)))
+
+
 def test_copies_whose_gradients_are_assigned_give_no_suggestion():
     """Masters and shards, as DeepSpeed keeps them: the finding names what to call (row 17b)."""
     parameter = nn.Parameter(torch.zeros(3))
@@ -304,6 +321,15 @@ def test_copies_whose_gradients_are_assigned_give_no_suggestion():
     assert finding.blocks
     assert "engine.get_global_grad_norm()" in finding.text
     with pytest.raises(normtune.NormtuneError, match="no backward pass"):
+        recorder.suggest()
+    recorder.close()
+
+
+def test_steps_inside_a_cuda_graph_are_told_and_give_no_suggestion():
+    """What is captured cannot be read; the record says what is missing (row 67)."""
+    recorder, _ = train(NormRecorder, steps=60)
+    recorder._report("graph-capture", "")
+    with pytest.raises(normtune.NormtuneError, match="CUDA graph"):
         recorder.suggest()
     recorder.close()
 
@@ -576,7 +602,7 @@ def test_a_series_that_is_new_after_a_restart_begins_where_the_attempt_begins(tm
 def processes():
     """Children from a server that has torch loaded and no thread started."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "normtune.recorder", "children"])
+    context.set_forkserver_preload(["torch._dynamo", "normtune.recorder", "children"])
     return context
 
 

@@ -1,1 +1,1 @@
-"""Thin callbacks over the recorder for other training frameworks."""
+"""Callbacks for training frameworks: each a few lines over `NormRecorder`."""

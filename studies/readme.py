@@ -1,0 +1,175 @@
+"""Write README.md of the studies from the stored sweep.
+
+python studies/readme.py
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from pictures import draw_curves, draw_regret  # noqa: E402 - found through the line above
+from rules import (  # noqa: E402
+    Curve,
+    candidates_table,
+    configurations_table,
+    curves,
+    purposes_table,
+    regrets,
+    rules_table,
+    warmup_rows,
+    warmup_table,
+)
+from sweep import RESULTS, Row, Sweep  # noqa: E402
+
+ORDER = (
+    "temporal_order",
+    "diabetes",
+    "digits",
+    "randhie",
+    "char_lm",
+    "vowels",
+    "transformer",
+    "digits_rows",
+)
+
+TEXT = """# Studies
+
+Eight real trainings that take seconds. They are examples of a study, the benchmark of normtune's
+rules, and what its default rests on. This page is written by `python studies/readme.py` from
+`studies/results/sweep.jsonl.gz`; `LOG.md` keeps what was tried and what failed.
+
+| study | what it is |
+|---|---|
+{studies}
+
+`normtune search studies/NAME.yaml` searches one, `python studies/NAME.py` trains it by itself. The
+data come with packages (the extra `studies`; `vowels` also needs `pip install --no-deps aeon`).
+
+## The sweep
+
+{count}
+
+`python studies/sweep.py` goes on with it where it stopped. Every run trains on one thread. A rule
+sees the first quarter of the unclipped run of seed 0, and its value serves all seeds. "Lost" is the
+mean over seeds of the loss at the rule's value minus that at the best value, which is chosen on the
+other seeds, as a share of the range between the untrained model and the best. A run that diverged
+or never got 5 % below its first loss has failed and counts as the untrained model. The "searched"
+rate is the best of the swept rates without clipping; with two or three rates a task and optimizer
+this is a coarse search. Intervals are 95 %, bootstrapped over the eight tasks: with so few tasks
+they are rough.
+
+## Which rule
+
+{rules}
+
+![Share of the range lost, by rule](results/rules.png)
+
+"searched" and "too high" are means over tasks with their interval, "SGD" and "AdamW" are parts of
+"searched", and "in sd" is the median at the searched rate in sd of one run. AutoClip (global,
+quantile 0.1) and ZClip (its defaults, with its own cap of 1.0) come from their published packages
+and clip while they train; "lr warm-up" clips nothing and lets the rate grow over the first
+tenth. `python studies/rules.py rules` prints this table.
+
+### Would another rule be a better default?
+
+The candidates and how they would be judged were written into `LOG.md` before the sweep was read. A
+candidate replaces p90 only if its difference at the searched rate excludes 0 and it fails nowhere
+where p90 doesn't.
+
+{candidates}
+
+## How long a warm-up
+
+p90 of the first part of the schedule: the share of steps that it clips over the whole run (10 % if
+the warm-up spoke for the run), and what it loses. Losses here are interpolated between runs.
+
+{warmup}
+
+## What clipping was good for
+
+Configurations by what their mean losses say, the best clipped value chosen on other seeds. These
+are readings of means, not the verdicts of `normtune search`, which need fresh seeds. "Equal" is a
+gain within one sd of a run and two standard errors.
+
+{purposes}
+
+## Every configuration
+
+![Loss over max_norm above the norms of the warm-up](results/curves.png)
+
+Points are means over seeds, the broken line is no clipping; below lie the norms of the warm-up.
+Green is a low rate, blue the searched one, red one that is too high; a failed run counts as
+the untrained model.
+
+{configurations}
+
+"lost" and "clipped" (steps clipped over the whole run) are those of p90; losses are means of the
+runs that learned.
+
+Made with {environment}.
+"""
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text as Markdown, its index first."""
+    head = [str(table.index.name or table.columns.name or ""), *map(str, table.columns)]
+    rows = [[str(name), *map(str, row)] for name, *row in table.itertuples()]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def description(study: str) -> str:
+    """The first sentence of a study's file."""
+    tree = ast.parse((HERE / f"{study}.py").read_text(encoding="utf-8"))
+    return (ast.get_docstring(tree) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def count(sweep: Sweep, all_curves: list[Curve]) -> str:
+    """How much stands behind the numbers."""
+    seeds = pd.Series([len(c.scores) for c in all_curves]).value_counts().sort_index()
+    told = ", ".join(f"{n} with {k} seeds" for k, n in seeds.items())
+    free = sum(row["free"] for row in sweep.rows)
+    online = sum(row["arm"] != "clip" for row in sweep.rows)
+    hours = sum(row["seconds"] for row in sweep.rows) / 3600
+    return (
+        f"{len(all_curves)} configurations of {len({c.study for c in all_curves})} studies "
+        f"({told}); {len(sweep.rows)} runs, {free} of them copied from the unclipped run that they "
+        f"equal bit for bit, {online} with AutoClip, ZClip or lr warm-up; {hours:.1f} core hours."
+    )
+
+
+def environment(sweep: Sweep) -> str:
+    """What the last runs were made with."""
+    last: Row = sweep.environments[-1]
+    versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
+    return f"{versions} on {last['machine']}, commit {last['commit'] or 'unknown'}, {last['date']}"
+
+
+def write(sweep: Sweep, folder: Path) -> str:
+    """The page; its pictures go to `folder`."""
+    found = curves(sweep)
+    data = regrets(found)
+    draw_curves(found, folder / "curves.png")
+    draw_regret(data, folder / "rules.png")
+    studies = "\n".join(f"| [{name}]({name}.py) | {description(name)} |" for name in ORDER)
+    return TEXT.format(
+        studies=studies,
+        count=count(sweep, found),
+        rules=markdown(rules_table(data)),
+        candidates=markdown(candidates_table(data)),
+        warmup=markdown(warmup_table(warmup_rows(found))),
+        purposes=markdown(purposes_table(found)),
+        configurations=markdown(configurations_table(found)),
+        environment=environment(sweep),
+    )
+
+
+if __name__ == "__main__":
+    (HERE / "README.md").write_text(write(Sweep.load(), RESULTS.parent), encoding="utf-8")

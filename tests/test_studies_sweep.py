@@ -1,0 +1,287 @@
+"""The sweep of the studies and the tables that are made of it."""
+
+import doctest
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+STUDIES = Path(__file__).parent.parent / "studies"
+sys.path.insert(0, str(STUDIES))
+
+import candidates  # noqa: E402 - the studies are scripts, found through the line above
+import configurations  # noqa: E402
+import rules  # noqa: E402
+import sweep  # noqa: E402
+
+TINY = configurations.Configuration("digits", "SGD", 0.01, {"steps": 40, "hidden": 8})
+NORMS = np.linspace(1.0, 2.0, 101)
+# By max_norm, what a made-up training scores at a rate that is too high, and at the searched one.
+LOSSES = {
+    0.3: {1.0: 2.0, 1.9: 4.0, 10.0: 10.0, math.inf: 10.0},
+    0.1: {1.0: 3.0, 1.9: 2.0, 10.0: 2.0, math.inf: 2.0},
+    0.03: {1.0: 5.0, 1.9: 3.0, 10.0: 3.0, math.inf: 3.0},
+}
+
+
+def made_up(arm: str, lr: float, max_norm: float, seed: int, loss: float, study="made up"):  # noqa: PLR0917
+    """A row as the sweep stores it; the untrained model scores 10."""
+    value = loss + (0.1 * (seed - 1) if loss < 10 else 0.0)
+    row = {
+        "arm": arm,
+        "state": "finished" if loss < 10 else "stuck",
+        "values": [10.0, value],
+        "free": False,
+        "largest": 2.0,
+        "clipped": 0.1,
+        "study": study,
+        "optimizer": "SGD",
+        "lr": lr,
+        "seed": seed,
+        "max_norm": "inf" if math.isinf(max_norm) else max_norm,
+        "steps": 404,
+        "seconds": 1.0,
+    }
+    if math.isinf(max_norm) and arm == "clip":
+        row["norms"] = list(NORMS) * 4
+    return row
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A sweep of two made-up studies, three rates and three seeds."""
+    found = sweep.Sweep(tmp_path / "sweep.jsonl.gz")
+    found.environments.append(
+        {"commit": "abc", "versions": {"torch": "2"}, "machine": "m", "date": "d"}
+    )
+    for study in ("made up", "another"):
+        for lr, losses in LOSSES.items():
+            extra = dict.fromkeys((1.1, 1.5, 1.75, 3.0, 7.5, 0.5, 5.0), losses[1.9])
+            for seed in range(3):
+                found.rows += [
+                    made_up("clip", lr, v, seed, x, study) for v, x in (extra | losses).items()
+                ]
+                found.rows += [made_up(arm, lr, math.inf, seed, 2.5, study) for arm in sweep.ONLINE]
+    return found
+
+
+# --- configurations and candidates ---
+
+
+def test_there_are_enough_configurations():
+    """At least 30, all different, of eight studies, with parameters that the studies know."""
+    names = [c.name for c in configurations.CONFIGURATIONS]
+    assert len(set(names)) == len(names) >= 30
+    assert len({c.study for c in configurations.CONFIGURATIONS}) == 8
+
+
+@pytest.mark.parametrize(
+    ("rule", "norms", "expected"),
+    [
+        ("by_optimizer", NORMS, 1.5),
+        ("capped", NORMS, 1.9),
+        ("capped", np.array([1.0] * 60 + [10.0] * 40), 2.0),
+        ("tail", NORMS, 1.9),
+        ("tail", np.array([1.0] * 80 + [100.0] * 20), 1.0),
+        ("lower_half", np.array([1.0] * 50 + [3.0] * 50), 1.0),
+        ("unstable", NORMS, 1.9),
+        ("unstable", np.append(NORMS, math.inf), 1.1),
+        ("unstable", np.array([1.0] * 50 + [4.0] * 50), 1.0),
+        ("calm", NORMS, 1.9),
+        ("calm", np.append(NORMS, [500.0, 900.0]), 1.5),
+        ("calm", np.append(NORMS, math.nan), 1.5),
+    ],
+)
+def test_candidates_by_hand(rule, norms, expected):
+    """Each candidate gives what its sentence says, on norms where that can be seen."""
+    assert candidates.RULES[rule](norms, "SGD") == pytest.approx(expected)
+
+
+def test_by_optimizer_is_p90_under_adam():
+    """Only SGD and its momentum get the median."""
+    assert candidates.by_optimizer(NORMS, "AdamW") == pytest.approx(1.9)
+
+
+def test_there_are_at_most_six_candidates():
+    """As fixed in the log before the sweep was read, and each is named there."""
+    log = (STUDIES / "LOG.md").read_text(encoding="utf-8")
+    assert len(candidates.CANDIDATES) == 6
+    assert all(f"`{name}`" in log for name in candidates.CANDIDATES)
+
+
+# --- which runs ---
+
+
+def test_the_leading_rules_run_at_their_very_values():
+    """p10, p50 and p90 to 4 digits, no clipping first, and nothing twice."""
+    values = sweep.values_to_run(NORMS, "SGD")
+    assert values[:4] == [math.inf, 1.9, 1.5, 1.1]
+    assert {0.5, 5.0, 10.0} < set(values)
+    ratios = np.diff(np.log(sorted(values[1:])))
+    assert ratios.min() > math.log(sweep.NEAR) - 1e-3
+
+
+def test_a_dead_warm_up_leaves_the_fixed_values():
+    """Too few finite norms carry no rule, but 1 and 10 can still be tried."""
+    values = sweep.values_to_run(np.array([1.0] * 5 + [math.nan] * 20), "SGD")
+    assert values == [math.inf, *sweep.FIXED]
+
+
+def test_free_runs_are_the_runs_they_stand_for():
+    """A run copied from the unclipped one equals the trained one to the last digit."""
+    pytest.importorskip("sklearn")
+    none = sweep.train_once(TINY, 0, "clip", math.inf)
+    limit = 1.001 * none["largest"]
+    unit = sweep.Unit(TINY, 0, (("clip", limit), ("clip", 0.01)), none)
+    free, clipped = sweep.carry_out(unit)
+    trained = sweep.train_once(TINY, 0, "clip", limit)
+    assert free["free"]
+    assert not clipped["free"]
+    assert free["values"] == trained["values"] != clipped["values"]
+    assert clipped["clipped"] == 1.0
+    assert len(none["norms"]) == 40
+
+
+@pytest.mark.parametrize(("arm", "package"), [("AutoClip p10", "autoclip"), ("ZClip", "zclip")])
+@pytest.mark.filterwarnings("ignore")  # those packages' own
+def test_other_clippers_act(arm, package):
+    """The published packages clip from within the step, so the model becomes another one."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip(package)
+    none = sweep.train_once(TINY, 0, "clip", math.inf)
+    other = sweep.train_once(TINY, 0, arm, math.inf)
+    assert other["values"][0] == none["values"][0]
+    assert other["values"][-1] != none["values"][-1]
+    assert "norms" not in other
+
+
+def test_the_rate_warms_up_and_stays():
+    """The rate grows evenly over a tenth of the steps."""
+    import torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2.0)
+    before = sweep.warm_rate(optimizer, 40)
+    rates = []
+    for _ in range(6):
+        before()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+
+
+# --- the store ---
+
+
+def test_the_store_comes_back(stored):
+    """What was saved is read back, and a second start finds nothing to do."""
+    stored.add([])
+    again = sweep.Sweep.load(stored.path)
+    assert again.rows == stored.rows
+    assert again.environments == stored.environments
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path):
+    """Only the runs that are not in the store are planned."""
+    pytest.importorskip("sklearn")
+    found = sweep.Sweep(tmp_path / "sweep.jsonl.gz", environments=[{}])
+    unit = sweep.missing(found, TINY, "none", 0)
+    assert unit.arms == (("clip", math.inf),)
+    found.add(sweep.carry_out(unit))
+    later = sweep.missing(found, TINY, "clip", 0)
+    assert len(later.arms) > 8
+    assert ("clip", math.inf) not in later.arms
+    found.add([found.rows[0] | {"max_norm": later.arms[0][1]}])
+    rest = sweep.missing(sweep.Sweep.load(found.path), TINY, "clip", 0)
+    assert rest.arms == later.arms[1:]
+
+
+# --- the tables ---
+
+
+def test_the_searched_rate_is_the_best_unclipped_one(stored):
+    """Rates below it are low, rates above it too high."""
+    regime = rules.regimes(rules.curves(stored))
+    assert regime["made up SGD 0.1"] == "searched"
+    assert regime["made up SGD 0.03"] == "low"
+    assert regime["made up SGD 0.3"] == "too high"
+
+
+def test_regret_by_hand(stored):
+    """p90 = 1.9 loses 2 of a range of 8 where 1.0 is best, and nothing where it is best."""
+    data = rules.regrets(rules.curves(stored)).set_index(["method", "configuration"])
+    assert data.loc[("p90", "made up SGD 0.3"), "lost"] == pytest.approx(0.25)
+    assert data.loc[("p90", "made up SGD 0.1"), "lost"] == pytest.approx(0.0)
+    assert data.loc[("no clipping", "made up SGD 0.3"), "lost"] == pytest.approx(1.0)
+    assert data.loc[("no clipping", "made up SGD 0.3"), "failed"] == 3
+    assert data.loc[("p90", "made up SGD 0.3"), "in sd"] == pytest.approx(2.0 / 0.1)
+    assert data.loc[("ZClip", "made up SGD 0.3"), "lost"] == pytest.approx(0.5 / 8)
+
+
+def test_the_best_is_chosen_on_other_seeds():
+    """A value that won on one seed by luck is not taken as the best of that seed."""
+    lucky = pd.DataFrame({1.0: [5.0, 5.0, 5.0], 2.0: [1.0, 8.0, 8.0]})
+    nothing = lucky > 100
+    found = rules.Curve("c", "s", "SGD", 1.0, 9, lucky, nothing, lucky, lucky, nothing, 10.0, NORMS)
+    assert list(found.best_elsewhere) == [5.0, 8.0, 8.0]
+
+
+def test_bootstrap_over_tasks_is_scipy_s():
+    """The mean over tasks, each task counted once however many configurations it has."""
+    part = pd.DataFrame({"study": ["a", "a", "b", "c"], "lost": [0.0, 0.2, 0.4, 0.6]})
+    mean, low, high = rules.over_tasks(part)
+    assert mean == pytest.approx(np.mean([0.1, 0.4, 0.6]))
+    assert 0.1 <= low < mean < high <= 0.6
+
+
+def test_no_candidate_wins_by_failing(stored):
+    """What fails where the default doesn't replaces nothing, and a tie doesn't either."""
+    table = rules.candidates_table(rules.regrets(rules.curves(stored)))
+    assert set(table["replaces p90"]) == {"no"}
+
+
+def test_a_clear_win_would_replace_the_default(stored):
+    """The guard can fail: losses that are lower on every task make a candidate the default."""
+    data = rules.regrets(rules.curves(stored))
+    better = data["method"] == "capped"
+    gain = data["study"].map({"made up": 0.1, "another": 0.2})
+    data.loc[better, "lost"] -= gain[better]
+    table = rules.candidates_table(data)
+    assert table.loc["capped", "replaces p90"] == "yes"
+
+
+def test_interpolation_meets_the_runs(stored):
+    """At a value that was run it gives that run, and beyond the last one no clipping."""
+    first = rules.curves(stored)[0]
+    assert rules.between(first, 1.9, first.means) == pytest.approx(first.means[1.9])
+    assert rules.between(first, 99.0, first.means) == first.means[math.inf]
+
+
+def test_purposes_by_hand(stored):
+    """At the too-high rate clipping only makes up for the rate; at the searched one it is equal."""
+    found = {c.name: c for c in rules.curves(stored)}
+    assert rules.purpose(found["made up SGD 0.1"], list(found.values())) == "equal"
+    told = rules.purpose(found["made up SGD 0.3"], list(found.values()))
+    assert told == "only makes up for the rate"
+
+
+def test_the_page_is_written_from_the_results(stored, tmp_path):
+    """Every study and configuration has its row, and the pictures are drawn."""
+    pytest.importorskip("matplotlib")
+    import readme
+
+    page = readme.write(stored, tmp_path)
+    assert "6 configurations of 2 studies (6 with 3 seeds)" in page
+    assert "| made up SGD 0.3 |" in page
+    assert all(f"]({name}.py)" in page for name in readme.ORDER)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert (tmp_path / "rules.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("module", [sweep, rules])
+def test_examples_in_docstrings(module):
+    """What the docstrings show is what comes out."""
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
