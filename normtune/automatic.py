@@ -183,9 +183,7 @@ class _Resident:
 
     def _owners(self, parameters: Sequence[Tensor]) -> list[Any]:
         ids = set(map(id, parameters))
-        return [
-            o for o in list(self._built) if any(id(p) in ids for p in optimizers.parameters(o))
-        ]
+        return [o for o in list(self._built) if any(id(p) in ids for p in optimizers.parameters(o))]
 
     def _made(self, target: Any) -> _Recorder:
         given = self._orders

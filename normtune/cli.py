@@ -17,6 +17,9 @@ from normtune import __version__
 from normtune.errors import NormtuneError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from normtune.launch import Recorded as RecordedCommand
     from normtune.records import NormRecord
     from normtune.results import SearchResult
@@ -216,10 +219,9 @@ def _print_plot(suggestion: Suggestion) -> None:
 def _draw(drawn: Suggestion | SearchResult, file: Path) -> None:
     from normtune import pictures
 
-    def figure() -> Figure:
-        axes = drawn.plot()
-        first = axes[0] if isinstance(axes, tuple) else axes
-        return first.get_figure(root=True)  # type: ignore[return-value]  plot() made it
+    def figure() -> Figure | None:
+        axes: Axes | tuple[Axes, Axes] = drawn.plot()
+        return (axes[0] if isinstance(axes, tuple) else axes).get_figure(root=True)
 
     pictures.save(figure, file)
 

@@ -17,9 +17,11 @@ Relation = Literal["better", "worse", "equal", "undecided"]
 Kind = Literal[1, 2, 3, 4, 5, 6, "none"]
 Floats = npt.NDArray[np.float64]
 
-LEVEL = 0.03  # one-sided, per look: two looks at .03 err in .05 of equal pairs (EVIDENCE, search)
-LEVEL_THREE_LOOKS = 0.025  # three looks at .025 do
-THREE_LOOKS_FROM = 40  # runs that can reach ten fresh seeds of the fewest arms
+LEVEL = 0.03  # one-sided, per look: two looks at .03 err in .053 of equal pairs
+# From 40 runs up ten seeds can be reached: three looks, at .01, .03 and .03, err in .057. The first
+# is dear, since a third of the seeds decides little; three looks at .025 err in .060.
+FIRST_OF_THREE = 0.01
+THREE_LOOKS_FROM = 40
 MIN_PAIRS = 2  # an sd of differences needs two
 PRIOR_DF = 4  # how far the noise of the other arms may speak for a pair; see studies/LOG.md
 NEAR_BEST_SD = 3.0  # arms further from the best have another noise (DESIGN 4, margin)
@@ -373,7 +375,7 @@ class Runs:
                 kept.append(arm)
         return tuple(kept)
 
-    def compare(self, a: Arm, b: Arm, *, margin: float, level: float) -> Comparison:
+    def compare(self, a: Arm, b: Arm, *, margin: float) -> Comparison:
         """Arm a against arm b over the seeds that both ran."""
         x, y = self.losses(a), self.losses(b)
         seeds = [s for s in x if s in y]
@@ -382,7 +384,7 @@ class Runs:
             [x[s] for s in seeds],
             [y[s] for s in seeds],
             margin=margin,
-            level=level,
+            level=level_of(self.settings, len(seeds)),
             noise=self._noise(a, b),
             identical=copies or _is(a, b),
         )
@@ -508,9 +510,9 @@ def _margin_note(runs: Runs, margin: float, scale: float) -> str:
 # --- the verdict -------------------------------------------------------------------------------
 
 
-def level_of(settings: Settings) -> float:
-    """The one-sided error per look: from 40 runs up a third look may be reached."""
-    return LEVEL_THREE_LOOKS if settings.max_runs >= THREE_LOOKS_FROM else LEVEL
+def level_of(settings: Settings, n: int) -> float:
+    """The one-sided error of an interval over `n` seeds."""
+    return FIRST_OF_THREE if settings.max_runs >= THREE_LOOKS_FROM and n <= 3 else LEVEL
 
 
 def verdict(settings: Settings, trials: Sequence[Trial]) -> Verdict:
@@ -559,9 +561,8 @@ def comparisons(runs: Runs, margin: float) -> dict[str, Comparison]:
         pairs[f"lower {i} vs best"] = (lower, arms.best)
         pairs[f"lower {i} vs none"] = (lower, arms.none)
         pairs[f"clipped lower {i} vs lower {i}"] = ((arms.best[0], lower[1]), lower)
-    level = level_of(runs.settings)
     found = {
-        name: runs.compare(a, b, margin=margin, level=level)
+        name: runs.compare(a, b, margin=margin)
         for name, (a, b) in pairs.items()
         if runs.of(a) and runs.of(b)
     }
@@ -645,7 +646,7 @@ def _row(runs: Runs, arm: Arm, margin: float) -> ArmRow:
     failed = sum(t.state != "finished" for t in trials)
     shares = [t.clip_share for t in trials if math.isfinite(t.clip_share)]
     low, high = share_interval(failed, len(trials))
-    delta = runs.compare(arm, runs.arms.none, margin=margin, level=level_of(runs.settings))
+    delta = runs.compare(arm, runs.arms.none, margin=margin)
     is_none = _is(arm, runs.arms.none)
     return ArmRow(
         label=_label(runs.arms, arm),

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normtune import __version__, format as formatting, plots, results
+from normtune import __version__, plots, results
+from normtune import format as formatting
 from normtune.doubts import is_adaptive
 from normtune.format import clean, count, number, share
 from normtune.trials import Trial
@@ -185,26 +186,28 @@ def _effect_words(s: Suggestion) -> str:
 
 
 def _what_it_does(s: Suggestion) -> tuple[str, ...]:
-    plain = (
-        "clip_grad_norm_ takes the norm of all gradients as one vector and, where it is above "
-        "max_norm, multiplies all of them by max_norm / norm: the direction stays, the length is "
-        "limited. It belongs after backward() and before step().",
-        '"Gradient kept" is the mean of min(1, max_norm / norm).',
-    )
     if is_adaptive(s.optimizer):
-        return (
-            *plain,
-            f"Under {_name(s.optimizer)} the gradient's scale is divided out again, so the step "
-            "itself hardly shrinks: clipping makes a spike count less in the steps after it.",
-        )
+        return (WHAT_IT_DOES, WHAT_KEPT_IS, f"Under {_name(s.optimizer)} {WITH_ADAM}")
     if "SGD" in s.optimizer:
-        return (
-            *plain,
-            "Under SGD clipping is a learning rate that is lowered for the big gradients only, "
-            'and "gradient kept" is by how much on average. Where every step is clipped, only '
-            "lr x max_norm counts.",
-        )
-    return plain
+        return (WHAT_IT_DOES, WHAT_KEPT_IS, WITH_SGD)
+    return (WHAT_IT_DOES, WHAT_KEPT_IS)
+
+
+WHAT_IT_DOES = (
+    "clip_grad_norm_ takes the norm of all gradients as one vector and, where it is above "
+    "max_norm, multiplies all of them by max_norm / norm: the direction stays, the length is "
+    "limited. It belongs after backward() and before step()."
+)
+WHAT_KEPT_IS = '"Gradient kept" is the mean of min(1, max_norm / norm).'
+WITH_ADAM = (
+    "the gradient's scale is divided out again, so the step itself hardly shrinks: clipping makes "
+    "a spike count less in the steps after it."
+)
+WITH_SGD = (
+    "Under SGD clipping is a learning rate that is lowered for the big gradients only, and "
+    '"gradient kept" is by how much on average. Where every step is clipped, only lr x max_norm '
+    "counts."
+)
 
 
 def _pictures(s: Suggestion, earlier: Sequence[NormRecord] = ()) -> tuple[Picture, ...]:

@@ -16,9 +16,9 @@ WIDTH, HEIGHT, SPANS = 480, 70, 160
 
 
 def text(value: object) -> str:
-    """`value` as text of a page, on one line.
+    r"""`value` as text of a page, on one line.
 
-    >>> text("<b>\\x1b[1m")
+    >>> text("<b>\x1b[1m")
     '&lt;b&gt;[1m'
     """
     return html.escape(clean(value))

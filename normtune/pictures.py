@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from normtune.errors import NormtuneError
 from normtune.plots import style
@@ -54,9 +54,10 @@ def svg(draw: Draw, *, name: str, alt: str, size: tuple[float, float] = SIZE) ->
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    plain = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+    settings: dict[Any, Any] = dict.fromkeys(_INKED, style.INK)
+    settings |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
     stream = io.StringIO()
-    with rc_context({**plain, **dict.fromkeys(_INKED, style.INK)}), _any_script():
+    with rc_context(settings), _any_script():
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -64,7 +65,7 @@ def svg(draw: Draw, *, name: str, alt: str, size: tuple[float, float] = SIZE) ->
     return _inline(stream.getvalue(), name, alt)
 
 
-def save(draw_figure: Callable[[], Figure], file: Path) -> None:
+def save(draw_figure: Callable[[], Figure | None], file: Path) -> None:
     """Draw a figure to a picture file.
 
     Raises:
@@ -76,7 +77,9 @@ def save(draw_figure: Callable[[], Figure], file: Path) -> None:
     mpl.use("agg")
     try:
         with _any_script():
-            draw_figure().savefig(file)
+            figure = draw_figure()
+            if figure is not None:
+                figure.savefig(file)
     except (OSError, ValueError) as error:
         message = f"cannot draw to {file}: {error}"
         raise NormtuneError(message) from None
@@ -107,7 +110,7 @@ def require_matplotlib(what: str) -> None:
         NormtuneError: With the command that installs it.
     """
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib as mpl  # noqa: F401
     except ImportError:
         message = f"{what} needs matplotlib; install it with: pip install 'normtune[plot]'"
         raise NormtuneError(message) from None

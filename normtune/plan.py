@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from normtune.arms import choose_arms, clipping_leads, ranked, rates, unbracketed
-from normtune.comparison import LEVEL, Runs, Verdict, verdict
+from normtune.comparison import Runs, Verdict, verdict
 from normtune.surrogate import propose
 from normtune.trials import (
     Arm,
@@ -525,7 +525,7 @@ def _hopeless(runs: Runs, said: Verdict, a: Arm, b: Arm) -> bool:
     """Whether one of two arms failed in every seed, or lies so far behind that it is decided."""
     x, y = runs.losses(a), runs.losses(b)
     seeds = [s for s in x if s in y]
-    found = runs.compare(a, b, margin=said.margin.loss, level=LEVEL)
+    found = runs.compare(a, b, margin=said.margin.loss)
     if len(seeds) < DROP_AFTER or found.relation not in ("better", "worse"):
         return False
     far = abs(found.difference) > HOPELESS_SD * runs.single_run_sd()

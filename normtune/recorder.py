@@ -96,6 +96,7 @@ class NormRecorder:
         self._lr_factor = lr_factor
         self._rates: dict[int, ScaledRates] = {}
         self._names: dict[int, str] = {}
+        self._taken: set[str] = set()
         self._name(self._optimizers)
         self._pairing = Pairing(self._report, norm_type=self._norm_type, each=bool(names))
         self._findings: dict[tuple[str, str], Finding] = {}
@@ -333,12 +334,12 @@ class NormRecorder:
         """Name the series of each optimizer after its class, with a number where there are more."""
         several = [optimizers.name_of(o) for o in found]
         for optimizer, kind in zip(found, several, strict=True):
-            taken = set(self._names.values())
             name = f"{kind} 1" if several.count(kind) > 1 else kind
             k = 2
-            while name in taken:
+            while name in self._taken:
                 name, k = f"{kind} {k}", k + 1
             self._names[id(optimizer)] = name
+            self._taken.add(name)
 
     def _hold(self, found: Iterable[Any], *, held: bool) -> None:
         """Live as long as the optimizer, also where the user keeps no name for the recorder."""
@@ -448,6 +449,8 @@ class NormRecorder:
         if self._optimizers and self.steps_begun:
             return
         events = [e for e in self._pairing.events if not e.used and e.kind != "backward"]
+        if events and self._lr_factor != 1.0:
+            raise NormtuneError(NO_RATE)
         if keep_last:
             newest = events[-1] if events else None
             events = [e for e in events if newest and e.backward < newest.backward]
@@ -544,6 +547,8 @@ class NormRecorder:
         rates = self._rates.get(id(optimizer))
         if rates is not None:
             rates.scale()
+        elif self._lr_factor != 1.0:
+            raise NormtuneError(NO_RATE)
 
     def _gradients_ready(self, optimizer: Any, *, record: bool = True) -> None:
         """The gradients are those that the step will use: pair, measure, clip."""
@@ -743,6 +748,7 @@ class NormRecorder:
             "parameters": sum(p.numel() for p in self._parameters),
             "tensors": len(self._parameters),
             "imposed": max_norm,
+            "lr_factor": self._lr_factor if self._lr_factor != 1.0 else None,
             "metadata": self._metadata or None,
         }
         facts |= optimizers.facts(self._optimizers)

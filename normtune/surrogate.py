@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 # The hyperparameters are averaged over a grid by their likelihood, not fitted: 4 to 10 values
 # don't determine them. Length scales in decades of max_norm, noise as a share of the variance.
 LENGTHS = (0.2, 0.35, 0.6, 1.0)
-NOISES = (0.1, 0.25, 0.5)
+NOISES = (0.03, 0.1, 0.25, 0.5)
 GRID = 80  # values of max_norm among which the next is chosen
 APART = 0.04  # decades: a run closer to an old one than 10 % tells nothing new
 KNOWN = 0.2  # variance at which a place counts as half known; see `propose`

@@ -67,9 +67,9 @@ def _field(logs: Floats, low: float, high: float, columns: int) -> npt.NDArray[n
     for i, (a, b) in enumerate(pairwise(edges)):
         column = i * 2 * columns // n
         span = logs[a:b]
-        ends = np.percentile(span, (10, 90)) if len(span) >= DENSE else ()
-        if len(ends):
-            top, bottom = (_row(float(end), low, high, 4 * ROWS) for end in (ends[1], ends[0]))
+        if len(span) >= DENSE:
+            p10, p90 = (float(p) for p in np.percentile(span, (10, 90)))
+            top, bottom = (_row(end, low, high, 4 * ROWS) for end in (p90, p10))
             dots[top : bottom + 1, column] = True
             span = np.array([span.min(), span.max()])
         for value in span:

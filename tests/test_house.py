@@ -14,8 +14,8 @@ HOUSE = Path(__file__).parent.parent / "normtune"
 FLOORS = [
     {"errors", "statistics", "findings", "trials", "shares", "format"},
     {"markup", "terminal"},
-    {"records", "rules", "comparison", "learning_rates"},
-    {"sources", "gradients", "doubts", "plots", "tasks", "plan"},
+    {"records", "ranks", "rules", "comparison", "learning_rates"},
+    {"sources", "orders", "gradients", "doubts", "plots", "tasks", "plan"},
     {"results", "interception", "optimizers", "suggestion", "processes", "ledger", "study"},
     {"pairing", "belt", "pictures", "contents"},
     {"buffer", "pages"},

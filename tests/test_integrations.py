@@ -164,7 +164,7 @@ def test_suggest_before_any_training_says_when_to_call_it():
 
 @pytest.fixture(scope="module")
 def transformers():
-    """transformers without its network."""
+    """The library without its network."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -222,14 +222,16 @@ def test_the_trainer_takes_an_imposed_max_norm_and_none_at_all(transformers, tmp
     from normtune.integrations.transformers import NormCallback
 
     for imposed, asked in ((0.21, 0.21), (math.inf, 1e9)):
-        model, _ = trained(transformers, tmp_path, NormCallback(max_norm=imposed), max_grad_norm=0.3)
+        model, _ = trained(
+            transformers, tmp_path, NormCallback(max_norm=imposed), max_grad_norm=0.3
+        )
         assert same(model, trained(transformers, tmp_path, max_grad_norm=asked)[0])
 
 
 # --- Accelerate --------------------------------------------------------------------------------
 
 
-def accelerated(tmp_path, *, sound, max_norm=None):
+def accelerated(tmp_path, *, sound):
     """Accumulation over three batches; an unsound loop clips after each of them."""
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
     from normtune.integrations.accelerate import record
@@ -239,7 +241,7 @@ def accelerated(tmp_path, *, sound, max_norm=None):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     model, optimizer, loader = accelerator.prepare(model, optimizer, batches(36))
-    recorder = record(accelerator, optimizer, tmp_path / "run.norms.jsonl", max_norm=max_norm)
+    recorder = record(accelerator, optimizer, tmp_path / "run.norms.jsonl")
     true = []
     for x, y in loader:
         with accelerator.accumulate(model):

@@ -128,7 +128,7 @@ def test_a_script_without_an_optimizer_object_is_recorded_by_its_clip_calls(tmp_
 
 
 def test_a_training_in_a_forked_process_and_two_in_a_row_are_told_apart(tmp_path):
-    """multiprocessing ends its children without exit handlers; their last steps are kept."""
+    """A forked child of multiprocessing runs no exit handlers; its last steps are kept all the same."""
     done, _ = recorded(tmp_path, PYTHON, SCRIPTS / "forks.py")
     path = tmp_path / done.path
     child, parent = NormRecord.load(path, attempt=1), NormRecord.load(path, attempt=2)
@@ -161,7 +161,7 @@ def test_a_hugging_face_trainer_script_gives_the_norms_that_it_logs(tmp_path):
 
 @pytest.mark.slow
 def test_an_accelerate_launch_with_accumulation_gives_the_norm_of_each_sum(tmp_path):
-    """accelerate launch starts the script in a process of its own."""
+    """The launcher starts the script in a process of its own."""
     pytest.importorskip("accelerate", reason="needs the extra accelerate")
     options = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
     command = [Path(PYTHON).parent / "accelerate", "launch", *options.split()]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from normtune import records
 from normtune.errors import RecordError
-from normtune.records import FileStore, MemoryStore, NormRecord, RecordWriter, Row
+from normtune.records import FileStore, MemoryStore, NormRecord, RecordWriter, Row, assembly
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -471,15 +471,15 @@ def test_a_learning_rate_that_changes_at_every_step_is_read_in_linear_time(tmp_p
     """A cosine schedule writes it in every line; filling it forward must not be quadratic."""
     n = 200_000
     details = [(i, {"lr": float(i)}) for i in range(n)]
-    filled = records._forward(records._Rows(details=details, n=n), "lr", math.nan)
+    filled = assembly._forward(assembly._Rows(details=details, n=n), "lr", math.nan)
     np.testing.assert_array_equal(filled, np.arange(n, dtype=float))
 
 
 def test_values_that_change_between_rows_are_filled_forward():
     """From the header on, until they change."""
-    rows = records._Rows(details=[(2, {"lr": 0.5}), (3, {}), (5, {"lr": "inf"})], n=7)
+    rows = assembly._Rows(details=[(2, {"lr": 0.5}), (3, {}), (5, {"lr": "inf"})], n=7)
     np.testing.assert_array_equal(
-        records._forward(rows, "lr", 1.0), [1, 1, 0.5, 0.5, 0.5, math.inf, math.inf]
+        assembly._forward(rows, "lr", 1.0), [1, 1, 0.5, 0.5, 0.5, math.inf, math.inf]
     )
 
 

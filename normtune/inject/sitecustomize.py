@@ -3,6 +3,8 @@
 It costs a process without torch one empty file; where torch is imported, normtune is let in.
 """
 
+# mypy: ignore-errors
+# No typing and no pathlib here: every Python process of a command would pay for them.
 import os
 import sys
 

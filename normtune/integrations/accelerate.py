@@ -1,17 +1,14 @@
-"""`record` for Accelerate: a recorder whose place is in the accelerator's checkpoints.
-
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    recorder = record(accelerator, optimizer, "run.norms.jsonl")
-"""
+"""`record` for Accelerate: a recorder whose place is in the accelerator's checkpoints."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from normtune.recorder import NormRecorder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def record(

@@ -1,7 +1,4 @@
-"""`NormCallback` for the package ``lightning``.
-
-    trainer = lightning.Trainer(callbacks=[NormCallback("run.norms.jsonl")], ...)
-"""
+"""`NormCallback` for ``lightning``: ``Trainer(callbacks=[NormCallback(path)])``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`NormCallback` for the package ``pytorch_lightning``.
-
-    trainer = pytorch_lightning.Trainer(callbacks=[NormCallback("run.norms.jsonl")], ...)
-"""
+"""`NormCallback` for ``pytorch_lightning``: ``Trainer(callbacks=[NormCallback(path)])``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`NormCallback` for the Hugging Face Trainer, and those built on it (TRL, Axolotl).
-
-    trainer = Trainer(..., callbacks=[NormCallback("run.norms.jsonl")])
-"""
+"""`NormCallback` for the Hugging Face Trainer, and for those built on it (TRL, Axolotl)."""
 
 from __future__ import annotations
 

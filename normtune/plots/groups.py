@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from normtune.format import share
-from normtune.plots.style import frame, shown
+from normtune.plots.style import counts, frame, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,6 +57,7 @@ def plot_groups(record: NormRecord, ax: Axes) -> Axes:
     ax.set_yticks(range(len(rows)), [shown(name, 26) for name in rows], fontsize="x-small")
     bar = ax.figure.colorbar(image, ax=ax, format=lambda value, _: share(value), pad=0.02)
     bar.ax.tick_params(labelsize="x-small")
+    counts(ax.xaxis)
     frame(ax, title="share of the squared norm" if _order(record) == 2 else "share", x="step", y="")
     return ax
 

@@ -174,7 +174,7 @@ def _explored(ax: Axes, result: SearchResult, places: _Places, finished: Sequenc
         some = [t for t in runs if t.free is free]
         if some:
             x = [places.of_arm(t.arm) for t in some]
-            _hollow(ax, x, [_value(t) for t in some], marker, GREY, label)
+            _hollow(ax, (x, [_value(t) for t in some]), (GREY, marker), label)
 
 
 def _draw_arm(
@@ -190,7 +190,7 @@ def _draw_arm(
         x = [at * (high / low) ** (SPREAD * (i - (len(runs) - 1) / 2)) for i, _ in shown]
         y = [_value(t) for _, t in shown]
         if free and x:
-            _hollow(ax, x, y, "d", color, "_")
+            _hollow(ax, (x, y), (color, "d"), "_")
         elif x:
             ax.plot(x, y, color=color, marker=".", markersize=4, linestyle="none", label="_")
     if math.isfinite(arm.mean):
@@ -281,25 +281,17 @@ def _apart(places: Iterable[float], within: _Places) -> list[float]:
 
 
 def _hollow(
-    ax: Axes, x: Sequence[float], y: Sequence[float], marker: str, color: str, label: str
+    ax: Axes, at: tuple[Sequence[float], Sequence[float]], looks: tuple[str, str], name: str
 ) -> None:
-    ax.plot(
-        x,
-        y,
-        color=color,
-        marker=marker,
-        markersize=5,
-        linestyle="none",
-        fillstyle="none",
-        label=label,
-    )
+    color, marker = looks
+    ax.plot(*at, marker, color=color, markersize=5, fillstyle="none", label=name)
 
 
 def _name_columns(ax: Axes, places: _Places) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     decades = range(math.floor(math.log10(places.low)) - 1, math.ceil(math.log10(places.high)) + 1)
-    steps = (1, 2, 5) if places.high / places.low < 100 else (1, 3)
+    steps: tuple[int, ...] = (1, 2, 5) if places.high / places.low < 100 else (1, 3)
     steps = (1,) if places.high / places.low > 10_000 else steps
     low, _ = places.limits
     ticks = [k * 10.0**d for d in decades for k in steps if low <= k * 10.0**d < places.border]

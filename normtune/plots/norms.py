@@ -10,7 +10,7 @@ import numpy as np
 
 from normtune import statistics
 from normtune.format import count, number, share
-from normtune.plots.style import BLUE, GREY, ORANGE, RED, frame, legend, log_axis, shown
+from normtune.plots.style import BLUE, GREY, ORANGE, RED, counts, frame, legend, log_axis, shown
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -28,6 +28,7 @@ MOST_CLIPPED = 800  # points of clipped steps over a band
 MOST_MARKS = 200  # crosses of one kind
 MOST_STARTS = 4  # earlier starts of the run that are drawn
 POINTS_PER_START = 400
+CLIPPED = (ORANGE, "^")
 
 
 def plot_norms(suggestion: Suggestion, ax: Axes, *, earlier: Sequence[NormRecord] = ()) -> Axes:
@@ -52,6 +53,7 @@ def plot_norms(suggestion: Suggestion, ax: Axes, *, earlier: Sequence[NormRecord
     threshold_line(ax, suggestion)
     _current_line(ax, suggestion)
     log_axis(ax, "y")
+    counts(ax.xaxis)
     legend(ax)
     return frame(ax, title=_title(suggestion), x="step", y="gradient norm before clipping")
 
@@ -91,8 +93,8 @@ def _points(ax: Axes, steps: Steps, norms: Floats, max_norm: float) -> None:
         ax.plot(steps, norms, color=BLUE, linewidth=0.6, alpha=0.3)
     clipped = statistics.coefficients(norms, max_norm) < 1
     size = 3.0 if few else 2.0
-    _dots(ax, steps[~clipped], norms[~clipped], BLUE, ".", size + 1, "")
-    _dots(ax, steps[clipped], norms[clipped], ORANGE, "^", size + 0.5, "would be clipped")
+    _dots(ax, (steps[~clipped], norms[~clipped]), (BLUE, "."), size + 1)
+    _dots(ax, (steps[clipped], norms[clipped]), CLIPPED, size + 0.5, "would be clipped")
 
 
 def _bands(ax: Axes, steps: Steps, norms: Floats, max_norm: float) -> None:
@@ -108,32 +110,24 @@ def _bands(ax: Axes, steps: Steps, norms: Floats, max_norm: float) -> None:
     # The spikes are what one looks for; the bands say the rest.
     spikes = clipped[norms[clipped] > np.repeat(p90, np.diff(edges))[clipped]]
     above = thin(steps[spikes], norms[spikes], MOST_CLIPPED)
-    _dots(ax, *above, ORANGE, "^", 2.0, "would be clipped (a sample)")
+    _dots(ax, above, CLIPPED, 2.0, "would be clipped (a sample)")
 
 
 def _dots(
-    ax: Axes, steps: Steps, norms: Floats, color: str, marker: str, size: float, label: str
+    ax: Axes, at: tuple[Steps, Floats], looks: tuple[str, str], size: float, name: str = ""
 ) -> None:
+    steps, norms = at
     if len(steps):
-        how = {"linestyle": "none", "markeredgewidth": 0.0}
-        ax.plot(
-            steps,
-            norms,
-            color=color,
-            marker=marker,
-            markersize=size,
-            label=label or "_",
-            **how,  # type: ignore[arg-type]
-        )
+        (marks,) = ax.plot(steps, norms, looks[1], color=looks[0], markersize=size)
+        marks.set(markeredgewidth=0.6 if looks[1] == "+" else 0.0, label=name or "_")
 
 
 def _draw_earlier(ax: Axes, earlier: Sequence[NormRecord]) -> None:
     for i, start in enumerate(earlier[-MOST_STARTS:]):
         good = np.isfinite(start.norms) & (start.norms > 0) & ~start.skipped
-        steps, norms = thin(start.steps[good], start.norms[good], POINTS_PER_START)
+        kept = thin(start.steps[good], start.norms[good], POINTS_PER_START)
         label = "" if i else f"{count(len(earlier), 'earlier start')} of the run"
-        _dots(ax, steps, norms, GREY, "+", 3.0, label)
-        ax.lines[-1].set_markeredgewidth(0.6)
+        _dots(ax, kept, (GREY, "+"), 3.0, label)
 
 
 def _mark(ax: Axes, steps: Steps, marker: str, color: str, what: str) -> None:

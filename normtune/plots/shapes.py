@@ -9,7 +9,7 @@ import numpy as np
 
 from normtune.format import number, share
 from normtune.plots.norms import threshold_line
-from normtune.plots.style import BLUE, GREY, INK, ORANGE, frame, legend, log_axis, shown
+from normtune.plots.style import BLUE, GREY, INK, ORANGE, counts, frame, legend, log_axis, shown
 from normtune.statistics import TORCH_EPS
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def plot_distribution(suggestion: Suggestion, ax: Axes) -> Axes:
     _draw_references(ax, near, [math.log(suggestion.max_norm)], math.log(high / low))
     _tell_far(ax, far, high)
     log_axis(ax, "y")
+    counts(ax.xaxis)
     return frame(ax, title="distribution", x="steps", y="gradient norm before clipping")
 
 

@@ -18,15 +18,15 @@ LONGEST = 36  # characters of a name in a picture
 
 
 def shown(text: object, longest: int = LONGEST) -> str:
-    """A name as a picture may show it: on one line, not too long, and never taken for a formula.
+    r"""A name as a picture may show it: on one line, short, and never taken for a formula.
 
     >>> shown("a$b$"), shown("layer.0.attention.weight", 12)
-    ('a\\\\$b\\\\$', 'layer....ght')
+    ('a\\$b\\$', 'laye...eight')
     """
     plain = clean(text)
     if len(plain) > longest:
         keep = longest - 3
-        plain = f"{plain[: keep - keep // 3]}...{plain[len(plain) - keep // 3 :]}"
+        plain = f"{plain[: keep // 2]}...{plain[len(plain) - (keep - keep // 2) :]}"
     return plain.replace("$", r"\$")
 
 
@@ -48,6 +48,14 @@ def log_axis(ax: Axes, which: str) -> None:
         axis.set_minor_formatter(plain)
 
 
+def counts(axis: Axis) -> None:
+    """Few ticks, and short ones for large counts: 200k, 1M."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set_major_formatter(EngFormatter(sep=""))
+
+
 def frame(ax: Axes, *, title: str, x: str, y: str) -> Axes:
     """Set the words around a picture, without the two sides of its frame that say nothing."""
     ax.set_title(title, fontsize="medium", loc="left")
@@ -65,7 +73,13 @@ def legend(ax: Axes) -> None:
     figure = ax.get_figure(root=True)
     if figure is not None and figure.get_layout_engine() is not None:
         columns = 1 if max(map(len, labels)) > 44 else 2
-        below = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.17), "borderaxespad": 0.0}
-        ax.legend(ncols=columns, fontsize="small", frameon=False, **below)  # type: ignore[arg-type]
+        ax.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            borderaxespad=4.6,  # below the label of the axis, however high the picture is
+            ncols=columns,
+            fontsize="small",
+            frameon=False,
+        )
     else:
         ax.legend(loc="best", fontsize="small", framealpha=0.85, edgecolor=GREY)

@@ -1,6 +1,7 @@
 """A language-model script of the old style: no optimizer object, the update by hand."""
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,5 +29,4 @@ for _ in range(args.steps):
         p.data.add_(p.grad, alpha=-lr)
 
 if args.truth:
-    with open(args.truth, "w") as file:
-        file.writelines(f"{norm}\n" for norm in norms)
+    Path(args.truth).write_text("".join(f"{norm}\n" for norm in norms))

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -37,8 +38,7 @@ for step in range(args.steps):
         print(f"step {step} loss {loss.item():.4f}", flush=True)
 
 if args.truth:
-    with open(args.truth, "w") as file:
-        file.writelines(f"{norm}\n" for norm in norms)
+    Path(args.truth).write_text("".join(f"{norm}\n" for norm in norms))
 if args.save:
     torch.save(model.state_dict(), args.save)
 print("done")

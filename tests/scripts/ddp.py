@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 def train(rank, args):
     if args.spawn:
         os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(args.spawn), MASTER_ADDR="127.0.0.1", MASTER_PORT=args.port
+            RANK=str(rank),
+            WORLD_SIZE=str(args.spawn),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=args.port,
         )
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -31,8 +35,7 @@ def train(rank, args):
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
     if args.truth and rank == 0:
-        with open(args.truth, "w") as file:
-            file.writelines(f"{norm}\n" for norm in norms)
+        Path(args.truth).write_text("".join(f"{norm}\n" for norm in norms))
     dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """An Accelerate script with gradient accumulation."""
 
 import argparse
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -27,5 +28,4 @@ for a, b in loader:
         optimizer.step()
         optimizer.zero_grad()
 if args.truth and accelerator.is_main_process:
-    with open(args.truth, "w") as file:
-        file.writelines(f"{norm}\n" for norm in norms)
+    Path(args.truth).write_text("".join(f"{norm}\n" for norm in norms))

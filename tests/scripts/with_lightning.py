@@ -1,6 +1,7 @@
 """A Lightning script: module, data, Trainer with gradient_clip_val."""
 
 import argparse
+from pathlib import Path
 
 import lightning
 import torch
@@ -43,5 +44,4 @@ trainer = lightning.Trainer(
 )
 trainer.fit(model, loader)
 if args.truth:
-    with open(args.truth, "w") as file:
-        file.writelines(f"{norm}\n" for norm in model.norms)
+    Path(args.truth).write_text("".join(f"{norm}\n" for norm in model.norms))
