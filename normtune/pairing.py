@@ -17,6 +17,7 @@ from normtune.interception import ClipCall
 MANY_SETS = 8  # more parameter sets than this at one site: a loop that clips one by one
 MOST_PENDING = 64  # events that wait for a step; the oldest give way
 MOST_HOOKS = 24
+LOOK_AT_FIRST, LOOK_EVERY = 32, 16  # steps: looking for unseen changes costs 5 microseconds
 
 
 Norm = Tensor | float  # a tensor stays on its device; on the CPU the number is there already
@@ -219,6 +220,7 @@ class Pairing:
         self._waiting: list[Measured] = []
         self._ids: dict[int, tuple[int, frozenset[int]]] = {}  # optimizer -> its parameters
         self._silent_steps = 0
+        self._looks = 0
         self._unscaled = False
         self.step_site = ""
 
@@ -416,7 +418,9 @@ class Pairing:
         elif not with_grad:
             self._report("no-gradients", name)
         elif not compiled:
-            self._look_for_unseen_changes(with_grad, name)
+            self._looks += 1
+            if self._looks <= LOOK_AT_FIRST or self._looks % LOOK_EVERY == 0:
+                self._look_for_unseen_changes(with_grad, name)
         return result
 
     def _ids_of(self, optimizer: Any, parameters: Sequence[Tensor]) -> frozenset[int]:
