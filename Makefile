@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types bench readme clean
+.PHONY: help demo test check format lint types bench readme notebook clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ bench: $(READY)  ## Speed and memory as ratios of two things timed in turn
 
 readme: $(READY)  ## Write the outputs that the README shows
 	$(BIN)/python tests/readme_blocks.py
+
+notebook: $(READY)  ## Run the notebook of the docs again (minutes)
+	$(BIN)/python docs/make_notebook.py
 
 clean:  ## Remove the environment and everything that was made
 	rm -rf $(VENV) demo-out build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,6 +18,7 @@ _HOMES = {
     "NormRecord": "records",
     "NormRecorder": "recorder",
     "record_norm": "recorder",
+    "report_metric": "metrics",
     "Suggestion": "suggestion",
     "suggest": "suggestion",
     "SearchResult": "results",
@@ -41,11 +42,13 @@ __all__ = [
     "SuggestionError",
     "load_result",
     "record_norm",
+    "report_metric",
     "suggest",
 ]
 
 if TYPE_CHECKING:
     from normtune.errors import NormtuneError, RecordError, StudyError, SuggestionError
+    from normtune.metrics import report_metric
     from normtune.recorder import NormRecorder, record_norm
     from normtune.records import NormRecord
     from normtune.results import SearchResult

@@ -88,7 +88,7 @@ class _Recorder(NormRecorder):
     def add(self, optimizer: Any) -> None:
         """Take on what a later part of the script trains."""
         if not any(True for _ in self._parameters):  # the models so far are gone, and their hooks
-            self._pairing.backwards.close()
+            self._pairing.forget_all()
         for target in optimizer if isinstance(optimizer, list) else [optimizer]:
             self._pairing.forget(target)
             self._names.pop(id(target), None)
@@ -99,12 +99,12 @@ class _Recorder(NormRecorder):
     def step_ends(self, optimizer: Any) -> None:
         super().step_ends(optimizer)
         if self.resident is not None:
-            self.resident.stepped()
+            self.resident.stepped(self)
 
     def clip_ends(self, call: ClipCall) -> None:
         super().clip_ends(call)
         if self.resident is not None and not self.steps_begun:
-            self.resident.stepped()
+            self.resident.stepped(self)
 
     def _path_of_rank(self, path: Any) -> Path:
         return Path(path)  # it names the rank already
@@ -128,15 +128,16 @@ class _Recorder(NormRecorder):
 
 
 class _Resident:
-    """Attaches one recorder to all that this process trains.
+    """Attaches one recorder to all that a thread of this process trains.
 
     Args:
         given: The orders of the command.
     """
 
     def __init__(self, given: Orders) -> None:
-        self.recorder: _Recorder | None = None
         self._orders = given
+        self._recorders: list[_Recorder] = []
+        self._of_thread = threading.local()  # what two threads train must not meet in one recorder
         self._built: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._n_built = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -150,6 +151,11 @@ class _Resident:
             COMPILED.imposed = given.max_norm
         atexit.register(self.over)
 
+    @property
+    def recorder(self) -> _Recorder | None:
+        """The recorder of this thread."""
+        return getattr(self._of_thread, "recorder", None)
+
     # --- what the dispatcher shows
 
     def meet(self, listeners: Sequence[Any], parameters: Sequence[Tensor], optimizer: Any) -> bool:
@@ -158,7 +164,7 @@ class _Resident:
             _leave()
         if self._idle:
             return False
-        listens = self.recorder is not None and self.recorder in listeners
+        listens = any(isinstance(listener, _Recorder) for listener in listeners)
         if listens and (optimizer is None or optimizer in self._known):
             return False
         try:
@@ -173,8 +179,7 @@ class _Resident:
             return False
         target = found or list(parameters)
         if self.recorder is None:
-            self.recorder = self._made(target)
-            self.recorder.resident = self
+            self._of_thread.recorder = self._made(target)
         else:
             self.recorder.add(target)
         for one in found:
@@ -187,13 +192,16 @@ class _Resident:
 
     def _made(self, target: Any) -> _Recorder:
         given = self._orders
-        return _Recorder(
+        recorder = _Recorder(
             target,
             _new_file(given.folder),
             max_norm=given.max_norm,
             lr_factor=given.lr_factor,
             metadata=given.metadata,
         )
+        recorder.resident = self
+        self._recorders.append(recorder)
+        return recorder
 
     def _give_up(self, error: Exception) -> bool:
         """Without its arm a run must not count, so it ends; a mere recording never disturbs."""
@@ -229,14 +237,14 @@ class _Resident:
 
     # --- the end
 
-    def stepped(self) -> None:
+    def stepped(self, recorder: _Recorder) -> None:
         """After each recorded step."""
         self._pid = os.getpid()
         if self._at_exit != self._pid:  # multiprocessing ends its forked children without atexit
             self._at_exit = self._pid
             Finalize(None, self.over, exitpriority=0)
         enough = self._orders.steps
-        if enough and self.recorder and self.recorder.n_steps >= enough:
+        if enough and recorder.n_steps >= enough:
             self._end()
 
     def _end(self) -> None:
@@ -252,11 +260,11 @@ class _Resident:
         """Write what waits, and say what this process had."""
         if self._pid != os.getpid():
             return  # a forked child that trained nothing
-        recorder = self.recorder
-        if recorder is not None:
+        for recorder in self._recorders:
             recorder.close()
         self._idle = True
-        had = {"optimizers": self._n_built, "steps": recorder.n_steps if recorder else 0}
+        steps = max((recorder.n_steps for recorder in self._recorders), default=0)
+        had = {"optimizers": self._n_built, "steps": steps}
         orders.mark(self._orders.folder, orders.OVER, json.dumps(had))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from normtune.results import SearchResult
     from normtune.search import Progress
     from normtune.sources import FoundSeries
+    from normtune.study import Study
     from normtune.suggestion import Suggestion
 
 P = ParamSpec("P")
@@ -302,8 +304,47 @@ def _finish_command(done: RecordedCommand, *, as_json: bool) -> None:
 @app.command()
 @_one_line
 def search(
-    study: Annotated[Path, typer.Argument(help="A study file (YAML).")],
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY | -- COMMAND...",
+            help="A study file (YAML); or after -- a training command, in which {seed} stands for "
+            "the seed of a run and {run_dir} for a folder of its own.",
+            show_default=False,
+        ),
+    ],
     *,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="The validation value in the command's output, such as 'val loss ([0-9.]+)'; or "
+            "report_metric, for a script that calls normtune.report_metric(value)."
+        ),
+    ] = None,
+    metric_file: Annotated[
+        str | None,
+        typer.Option(
+            help="A JSON, CSV or TensorBoard file that it writes the value to, and the key: "
+            "'{run_dir}/trainer_state.json:eval_loss'."
+        ),
+    ] = None,
+    maximize: Annotated[bool, typer.Option("--maximize", help="A higher value is better.")] = False,
+    seed_inside: Annotated[
+        bool,
+        typer.Option(
+            "--seed-inside", help="Seed torch, numpy and random in a command without {seed}."
+        ),
+    ] = False,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="Steps of the command that the suggestion is read from.")
+    ] = None,
+    study: Annotated[
+        Path,
+        typer.Option(help="Where the study of a command is written, to go on with and to share."),
+    ] = Path("study.yaml"),
+    time_limit: Annotated[
+        str | None, typer.Option(help='How long a training may take: seconds, or "30 min".')
+    ] = None,
     max_runs: Annotated[
         int | None, typer.Option(help="How many trainings may run in all, instead of the file's.")
     ] = None,
@@ -321,6 +362,9 @@ def search(
     plan: Annotated[
         bool, typer.Option("--plan", help="Print what would run, how long it takes, and stop.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what the trainings print.")
+    ] = False,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Do not ask before the first run.")
     ] = False,
@@ -336,21 +380,62 @@ def search(
     from normtune.search import plan_of
     from normtune.search import search as run_search
 
+    keys = {
+        "metric": metric,
+        "metric_file": metric_file,
+        "seed_inside": seed_inside,
+        "direction": "maximize" if maximize else None,
+        "warmup_steps": warmup_steps,
+        "search": {"max_runs": max_runs, "jobs": jobs, "time_limit": time_limit},
+    }
+    asked, save = _asked_study(command, study, keys)
     if plan:
-        print(plan_of(study, max_runs=max_runs, storage=storage))
+        print(plan_of(asked, max_runs=max_runs, storage=storage))
         return
     if plot is not None:
         from normtune import pictures
 
         pictures.check(plot)  # before hours of training, not after
     if not yes and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
-        print(plan_of(study, max_runs=max_runs, storage=storage))
+        print(plan_of(asked, max_runs=max_runs, storage=storage))
         typer.confirm("Start?", default=True, abort=True)
+    if save() and not as_json:
+        print(f"wrote {study}: normtune search {study} goes on with it")
     with _search_progress(quiet=as_json) as progress:
-        result = run_search(study, max_runs=max_runs, jobs=jobs, storage=storage, progress=progress)
+        result = run_search(
+            asked.path,
+            max_runs=max_runs,
+            jobs=jobs,
+            storage=storage,
+            time_limit=time_limit,
+            progress=progress,
+            verbose=verbose,
+        )
     print(_json(result.to_dict()) if as_json else result)
     if plot is not None:
         _draw(result, plot)
+
+
+def _asked_study(
+    command: list[str], file: Path, keys: dict[str, Any]
+) -> tuple[Study, Callable[[], bool]]:
+    """The study of a search, and how its file is written where it is a command's."""
+    from normtune.study import load_study, save_study, study_of
+
+    if len(command) == 1 and Path(command[0]).suffix in (".yaml", ".yml"):
+        given = [key for key in keys if keys[key] and key != "search"]
+        if given:
+            message = f"--{given[0].replace('_', '-')} is for a command; a study says it itself"
+            raise ValueError(message)
+        return load_study(command[0]), lambda: False
+    if file.absolute().parent != Path.cwd():
+        message = f"--study must be a file in this folder, where the command runs, but got {file}"
+        raise ValueError(message)
+    kept = {key: value for key, value in keys.items() if value and key != "search"}
+    spent = {key: value for key, value in keys["search"].items() if value is not None}
+    plain = {"command": command, **kept, **({"search": spent} if spent else {})}
+    study = study_of(file, plain)
+    return study, lambda: save_study(study, plain)
 
 
 # --- report ------------------------------------------------------------------------------------
@@ -391,6 +476,8 @@ def report(
 
     wanted = reports.form_of(form, output)
     file = reports.PAGE if output is None and wanted == "html" else output
+    if file is not None:
+        reports.check(file, source=source)
     is_study = Path(source).suffix.lower() in reports.STUDIES
     asked = reports.Asked(
         rule=rule,
@@ -411,7 +498,7 @@ def report(
     if file is None:
         print(text, end="")
         return
-    reports.write(text, file, source=source)
+    reports.write(text, file)
     print(f"wrote {file} ({len(text.encode()) / 1000:.0f} kB)")
 
 
@@ -440,25 +527,49 @@ def _search_progress(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
         yield lambda _: None
         return
     if not sys.stderr.isatty():
-        yield lambda event: print(f"[{event.done}/{event.total}] {event.text}", flush=True)
+        yield lambda event: print(_event_line(event), flush=True)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True, highlight=False, markup=False)
-    text = TextColumn("{task.description}", markup=False)
-    with Bar(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console) as bar:
-        task = bar.add_task("", total=None)
+    texts = [
+        TextColumn(f"{{task.{name}}}", markup=False) for name in ("fields[left]", "description")
+    ]
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *texts)
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("", total=None, left="")
 
         def show(event: Progress) -> None:
-            bar.update(task, completed=event.done, total=event.total)
+            bar.update(task, completed=event.done, total=event.total, left=_time_left(event))
             if event.kind == "started":
                 bar.update(task, description=event.text)
             else:
-                bar.console.print(event.text)
+                bar.console.print(_event_text(event))
 
         yield show
+
+
+def _event_line(event: Progress) -> str:
+    """An event where there is no bar."""
+    if event.kind == "output":
+        return _event_text(event)
+    left = _time_left(event) if event.kind == "finished" else ""
+    return f"[{event.done}/{event.total}{left and ', '}{left}] {event.text}"
+
+
+def _event_text(event: Progress) -> str:
+    from normtune.format import clean
+
+    return clean(event.text) if event.kind == "output" else event.text
+
+
+def _time_left(event: Progress) -> str:
+    from normtune.format import duration
+
+    known = math.isfinite(event.seconds_left) and event.done < event.total
+    return f"{duration(event.seconds_left)} left at most" if known else ""
 
 
 def _width() -> int:

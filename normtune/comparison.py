@@ -25,10 +25,10 @@ THREE_LOOKS_FROM = 40
 MIN_PAIRS = 2  # an sd of differences needs two
 PRIOR_DF = 4  # how far the noise of the other arms may speak for a pair; see studies/LOG.md
 NEAR_BEST_SD = 3.0  # arms further from the best have another noise (DESIGN 4, margin)
-# So many more failures make an arm less reliable, one more where the other arm failed, too. Two
-# of 6 against none would be said of .08 of pairs that both fail with probability .15.
-MORE_FAILURES = 2
-MORE_FAILURES_FROM_4 = 3
+# (from seeds, failures): so many more failures make an arm less reliable, one more where the other
+# arm failed, too. Two of 6 against none would be said of .08 of pairs that both fail with
+# probability .15, and a study looks several times.
+MORE_FAILURES = ((8, 4), (4, 3), (0, 2))
 MAX_MORE_SEEDS = 100
 TINY = 0.001  # a margin below this share of the loss gained is measurable but tiny
 NOISY = 0.05  # a margin above it is too noisy to choose by
@@ -182,7 +182,8 @@ def _t(level: float, df: float) -> float:
 def _relate(
     interval: _Interval, margin: float, failed_a: int, failed_b: int, n: int
 ) -> tuple[Relation, str]:
-    need = (MORE_FAILURES if n < 4 else MORE_FAILURES_FROM_4) + bool(failed_a and failed_b)
+    need = next(more for seeds, more in MORE_FAILURES if n >= seeds)
+    need += bool(failed_a and failed_b)
     if abs(failed_a - failed_b) >= need:
         return ("worse" if failed_a > failed_b else "better"), "reliability"
     if -margin < interval.low and interval.high < margin:
@@ -564,7 +565,7 @@ def comparisons(runs: Runs, margin: float) -> dict[str, Comparison]:
     found = {
         name: runs.compare(a, b, margin=margin)
         for name, (a, b) in pairs.items()
-        if runs.of(a) and runs.of(b)
+        if not _is(a, b) and runs.of(a) and runs.of(b)
     }
     return {name: c for name, c in found.items() if c.n}
 
@@ -825,6 +826,8 @@ def _line(row: ArmRow) -> str:
 
 
 def _suggestion_words(verdict: Verdict) -> str:
+    if not any("suggestion" in row.label for row in verdict.arms):
+        return "The suggestion got no fresh seeds within this budget: nothing is said of it."
     against = {
         "best": "it is the best found",
         "as good": "it is as good as the best found",

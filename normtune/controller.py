@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from normtune.baseline import (
 )
 from normtune.comparison import verdict
 from normtune.errors import StudyError, SuggestionError
+from normtune.format import duration
 from normtune.ledger import INTERRUPTED, Ledger, Result, masked
 from normtune.plan import Plan, Planned, next_runs
 from normtune.processes import Child
@@ -27,10 +29,11 @@ from normtune.records import NormRecord
 from normtune.results import SearchResult
 from normtune.study import Study
 from normtune.suggestion import suggest
-from normtune.tasks import RESULT, Outcome, Task, value_of
+from normtune.tasks import OUTPUT, RESULT, Outcome, Task, value_of
 from normtune.trials import Trial, find, same, state_of
 
 MOST_CRASHES = 3  # in a row
+POLL_SECONDS = 0.2  # between looks at what running trainings print
 GENTLE_FACTOR = 0.1  # of the learning rate, for the warm-up of a training that dies unclipped
 
 
@@ -39,18 +42,20 @@ class Progress:
     """What a search tells while it runs.
 
     Attributes:
-        kind: suggestion, stage, started, finished, copied or note.
+        kind: suggestion, stage, started, finished, copied, note, or output: what a training prints.
         text: The same in words.
         done: Trainings that have ended.
         total: Trainings that may be spent.
         running: Trainings under way.
+        seconds_left: How long it will take at most, by the trainings so far; nan where unknown.
     """
 
-    kind: Literal["suggestion", "stage", "started", "finished", "copied", "note"]
+    kind: Literal["suggestion", "stage", "started", "finished", "copied", "note", "output"]
     text: str
     done: int
     total: int
     running: int
+    seconds_left: float = math.nan
 
 
 Listener = Callable[[Progress], None]
@@ -59,10 +64,13 @@ Listener = Callable[[Progress], None]
 class Controller:
     """Asks the planner, starts processes, and enters what comes back."""
 
-    def __init__(self, study: Study, tell: Listener) -> None:
+    def __init__(self, study: Study, tell: Listener, *, verbose: bool = False) -> None:
         config = study.config
         self._study = study
         self._tell = tell
+        self._verbose = verbose
+        self._shown: dict[int, int] = {}  # bytes of each running training's output
+        self._done, self._usual = 0, math.nan  # trainings so far, and seconds that one takes
         self._jobs = config.search.jobs
         self._ledger = Ledger(study.storage, study.name, config.direction)
         _refuse_changes(study, self._ledger)
@@ -79,12 +87,44 @@ class Controller:
         """Run until the plan is done; whatever happens, no training is left running."""
         try:
             while self._start() or self._children:
-                for child in processes.first_to_end(list(self._children.values())):
+                for child in self._ended():
                     self._finish(child)
         finally:
             processes.end_all(list(self._children.values()))
             self._settle_running()
         return self._result()
+
+    def _ended(self) -> list[Child]:
+        """Wait until a training has ended, or has taken too long."""
+        children = list(self._children.values())
+        while True:
+            ended = processes.first_to_end(children, self._patience())
+            self._show_output()
+            limit = self._study.config.search.time_limit or math.inf
+            for child in children:
+                if child not in ended and child.seconds >= limit:
+                    child.give_up(f"took longer than the time limit of {duration(limit)}")
+                    ended.append(child)
+            if ended:
+                return ended
+
+    def _patience(self) -> float | None:
+        """How long to wait before the next look; None waits for an end."""
+        if self._verbose:
+            return POLL_SECONDS
+        limit = self._study.config.search.time_limit
+        longest = max(child.seconds for child in self._children.values())
+        return None if limit is None else max(0.0, limit - longest) + 0.01
+
+    def _show_output(self) -> None:
+        """Tell the whole lines that running trainings have printed since the last look."""
+        for number, child in self._children.items() if self._verbose else ():
+            with suppress(OSError), (child.task.folder / OUTPUT).open("rb") as file:
+                file.seek(self._shown.get(number, 0))
+                text, newline, _ = file.read().rpartition(b"\n")
+                self._shown[number] = self._shown.get(number, 0) + len(text) + len(newline)
+                for line in text.decode(errors="replace").splitlines():
+                    self._say("output", f"{number}| {line}")
 
     def _fixed_threads(self) -> int:
         """Another number of threads gives other norms, so the first start decides."""
@@ -167,6 +207,7 @@ class Controller:
             lr_factor=planned.lr_factor,
             fraction=planned.fraction,
             slot=slot,
+            slots=self._jobs,
         )
 
     # --- finishing
@@ -248,11 +289,8 @@ class Controller:
             if a is None or b is None:
                 continue
             if known.value == trial.value and np.array_equal(a.norms, b.norms, equal_nan=True):
-                message = (
-                    f"your train ignores run.seed: seeds {known.seed} and {trial.seed} gave the "
-                    "same norms and the same value; draw initialization and batches from run.seed"
-                )
-                raise StudyError(message)
+                seeds = f"seeds {known.seed} and {trial.seed}"
+                raise StudyError(_ignored_seed(self._study, seeds))
             self._ledger.keep("seed matters", True)
 
     def _record(self, number: int | None) -> NormRecord | None:
@@ -277,9 +315,14 @@ class Controller:
             suggestion = suggest(warmup, rule=self._study.config.rule)
         finite = record.finite
         largest = float(finite.max()) if len(finite) else math.inf
-        self._ledger.settings = settings_from(
-            self._study.config, warmup, suggestion.max_norm, largest
-        )
+        settings = settings_from(self._study.config, warmup, suggestion.max_norm, largest)
+        if self._study.config.command is not None and not np.isfinite(record.lr).any():
+            self._note(
+                "the command steps without an optimizer whose learning rate is a number, so that "
+                "rate cannot be scaled: no lower learning rate is tried"
+            )
+            settings = replace(settings, lr_runs=0)
+        self._ledger.settings = settings
         self._ledger.keep("suggestion", suggestion.to_dict())
         self._say("suggestion", str(suggestion))
 
@@ -304,10 +347,15 @@ class Controller:
         self._say("note", sentence)
 
     def _say(self, kind: Any, text: str) -> None:
-        trials = self._ledger.trials()
-        done = sum(t.ended and not t.free for t in trials)
+        if kind != "output":  # many a line a second, between which no trial changes
+            trials = self._ledger.trials()
+            self._done = sum(t.ended and not t.free for t in trials)
+            timed = [t.seconds / t.fraction for t in trials if t.seconds > 0 and not t.free]
+            self._usual = sum(timed) / len(timed) if timed else math.nan
         total = self._study.config.search.max_runs
-        self._tell(Progress(kind, text, done, total, len(self._children)))
+        under_way = sum(min(child.seconds, self._usual) for child in self._children.values())
+        left = ((total - self._done) * self._usual - under_way) / self._jobs
+        self._tell(Progress(kind, text, self._done, total, len(self._children), max(left, 0.0)))
 
     def _result(self) -> SearchResult:
         settings, trials = self._ledger.settings, self._ledger.trials()
@@ -348,6 +396,19 @@ def _refuse_changes(study: Study, ledger: Ledger) -> None:
         raise StudyError(message)
 
 
+def _ignored_seed(study: Study, seeds: str) -> str:
+    which = f"{seeds} gave the same norms and the same value"
+    if study.config.command is None:
+        hint = "draw initialization and batches from run.seed"
+        return f"your train ignores run.seed: {which}; {hint}"
+    if study.config.seed_inside:
+        return (
+            f"the command sets a seed of its own: {which}; give it {{seed}} by the flag that it "
+            "has, as in --seed {seed}, or take its torch.manual_seed(...) out"
+        )
+    return f"the command ignores its {{seed}}: {which}; draw initialization and batches from it"
+
+
 def _shown(flat: Mapping[str, Any], key: str) -> str:
     return repr(flat[key]) if flat.get(key) is not None else "absent"
 
@@ -356,8 +417,12 @@ def _task(study: Study, threads: int, folder: Path) -> Task:
     config = study.config
     return Task(
         folder=folder,
-        train=str(config.train),
+        train=config.train or "",
         home=study.folder,
+        command=config.command or (),
+        seed_inside=config.seed_inside,
+        metric=config.metric,
+        metric_file=config.metric_file,
         seed=config.search.seed,
         params=config.params,
         threads=threads,

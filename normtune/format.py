@@ -54,6 +54,17 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """A time to wait, roughly.
+
+    >>> duration(12.3), duration(300), duration(9000)
+    ('12 s', '5 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def clean(text: object) -> str:
     r"""`text` on one line, without the control characters that could steer a terminal.
 

@@ -127,7 +127,9 @@ def _vector_norm(norms: Sequence[Tensor], norm_type: float) -> Tensor:
 
 
 @torch.no_grad()
-def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+def total_norm(
+    grads: Sequence[Tensor], norm_type: float = 2.0, *, like: Sequence[Tensor] = ()
+) -> Tensor:
     """The norm of all gradients as one vector, before any clipping.
 
     Equal to `torch.nn.utils.get_total_norm` bit for bit for dense gradients of fp32 or fp64 on
@@ -137,45 +139,53 @@ def total_norm(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     Args:
         grads: The gradients; they are only read.
         norm_type: The p of the norm.
+        like: Sharded parameters that the gradients are of: where this rank has no gradient of
+            some, it still takes part in the reduction that the others wait for.
 
     Returns:
         A 0-dim tensor on the device of the first gradient; reading it may wait for the device.
     """
-    if not grads:
+    if not grads and not like:
         return torch.tensor(0.0)
-    if is_plain(grads):
+    if grads and is_plain(grads) and not any(map(is_shared, like)):
         total = _vector_norm(_plain_norms(grads, norm_type), norm_type)
     else:
-        total = combined(_norms_of_parts(grads, norm_type), norm_type)
+        total = combined(_norms_of_parts(grads, norm_type, like), norm_type)
     if total.is_cpu:
         return rescued(total, grads, norm_type)
     return total
 
 
-def _norms_of_parts(grads: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+def _norms_of_parts(grads: Sequence[Tensor], norm_type: float, like: Sequence[Any]) -> list[Tensor]:
     """The norm of each gradient, but of one for all that are sharded alike."""
     parts: list[Tensor] = []
-    alike: dict[Any, list[Tensor]] = {}
+    alike: dict[Any, list[Any]] = {_sharding(p): [] for p in like if hasattr(p, "placements")}
     for grad in grads:
         placements = getattr(grad, "placements", None)
         if placements is None or any(p.is_partial() for p in placements):
             parts.append(_norm_of_one(grad, norm_type))
         else:
-            alike.setdefault((grad.device_mesh, placements), []).append(grad)  # type: ignore[attr-defined]
-    shards = [_norm_of_shards(some, norm_type) for some in alike.values()]
+            alike.setdefault(_sharding(grad), []).append(grad)
+    shards = [_norm_of_shards(some, key, norm_type) for key, some in alike.items()]
     return parts + shards
 
 
-def _norm_of_shards(grads: Sequence[Any], norm_type: float) -> Tensor:
+def _sharding(tensor: Any) -> tuple[Any, Any]:
+    return tensor.device_mesh, tensor.placements
+
+
+def _norm_of_shards(
+    grads: Sequence[Any], sharding: tuple[Any, Sequence[Any]], norm_type: float
+) -> Tensor:
     """The norm of gradients of one mesh and placement, by one reduction over each sharded axis.
 
     Torch's own norm of such gradients reduces each by itself. Replicated axes count once.
     """
-    local = [g._local_tensor for g in grads]
-    full = [t for t in local if t.numel()]  # torch has no inf norm of an empty shard
+    mesh, placements = sharding
+    full = [g._local_tensor for g in grads if g._local_tensor.numel()]  # none has an inf norm
     norms = norms_of_each(full, norm_type)
-    norm = combined(norms, norm_type) if norms else torch.zeros((), device=local[0].device)
-    shared = [i for i, p in enumerate(grads[0].placements) if not p.is_replicate()]
+    norm = combined(norms, norm_type) if norms else torch.zeros((), device=mesh.device_type)
+    shared = [i for i, p in enumerate(placements) if not p.is_replicate()]
     if not shared:
         return norm
     largest = norm_type == math.inf
@@ -183,7 +193,7 @@ def _norm_of_shards(grads: Sequence[Any], norm_type: float) -> Tensor:
     value = wide if largest else wide**norm_type
     operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
     for i in shared:
-        group = grads[0].device_mesh.get_group(i)
+        group = mesh.get_group(i)
         torch.distributed.all_reduce(value, operation, group=group)
     return value if largest else value ** (1.0 / norm_type)
 

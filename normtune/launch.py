@@ -24,10 +24,11 @@ from normtune import orders, records
 from normtune.errors import NormtuneError, RecordError, SuggestionError
 from normtune.orders import Orders
 from normtune.records import SUFFIX, NormRecord
-from normtune.suggestion import Suggestion, suggest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from normtune.suggestion import Suggestion
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 GRACE_SECONDS = 15.0  # for a command that has recorded enough to end by itself
@@ -315,6 +316,8 @@ def record_command(
 
 
 def _recorded(path: Path, code: int) -> Recorded:
+    from normtune.suggestion import suggest
+
     record = NormRecord.load(path)
     try:
         return Recorded(path, record, suggest(record), "", code)

@@ -96,6 +96,7 @@ class Event:
     n_grads: int
     imposed: float | None = None
     scale: Tensor | None = None
+    given: Tensor | None = None  # the loop's own; on a device only its identity can be compared
     used: bool = False
     repeats: bool = False
     inside_step: bool = False
@@ -215,6 +216,7 @@ class Pairing:
         self._norm_type = norm_type
         self._each = each
         self._series: dict[tuple[Any, ...], Series] = {}
+        self._past: set[str] = set()  # series of models that are gone
         self._stepped: dict[int, int] = {}  # optimizer -> backward count at its last step
         self._owner: dict[int, int] = {}  # parameter -> the optimizer that steps it
         self._waiting: list[Measured] = []
@@ -237,6 +239,7 @@ class Pairing:
             series, norm, each, call.kind, call.asked, self.backwards.count, [], len(call.grads)
         )
         event.inside_step = inside_step
+        event.given = call.total_norm if call.kind == "given" else None
         if self._after_its_step(call) and not inside_step:
             self._misplaced(call.site)
             return None
@@ -309,7 +312,7 @@ class Pairing:
         if len(ids) < len(call.parameters):
             twice = len(call.parameters) - len(ids)
             self._report("duplicate-parameters", call.site, n=twice)
-        taken = {series.name for series in self._series.values()}
+        taken = self._past | {series.name for series in self._series.values()}
         name, k = call.site, 2
         while name in taken:
             name, k = f"{call.site} ({k})", k + 1
@@ -353,11 +356,13 @@ class Pairing:
         self, parameters: Sequence[Tensor], norm_type: float | None = None
     ) -> tuple[Norm, EachNorm | None]:
         """The norm of these parameters' gradients as they are now."""
-        if self.meet is not None:
-            self.meet()
         p = self._norm_type if norm_type is None else norm_type
         grads = [q.grad for q in parameters if q.grad is not None]
-        total = gradients.measured(grads, p)
+        if self.meet is None:
+            total = gradients.measured(grads, p)
+        else:
+            self.meet()
+            total = gradients.on_host(gradients.total_norm(grads, p, like=parameters))
         if not self._each:
             return total, None
         norms = gradients.norms_of_each(grads, p)
@@ -415,6 +420,8 @@ class Pairing:
             result.partly = bool(result.uncovered)
             for event in valid:
                 event.used = True
+        elif self.meet is not None:
+            result.uncovered = list(parameters)  # other ranks may have gradients of them
         elif not with_grad:
             self._report("no-gradients", name)
         elif not compiled:
@@ -443,6 +450,14 @@ class Pairing:
         """A new optimizer may have the number of one that is gone."""
         self._ids.pop(id(optimizer), None)
         self._stepped.pop(id(optimizer), None)
+
+    def forget_all(self) -> None:
+        """All models so far are gone, and the numbers of their parameters are given out again."""
+        self._past |= {series.name for series in self._series.values()}
+        for known in (self._series, self._ids, self._stepped, self._owner):
+            known.clear()
+        self.events.clear()
+        self.backwards.close()
 
     def own_series(self, name: str, parameters: Sequence[Tensor], by: str = "step") -> Series:
         """The series of what normtune measures itself."""
@@ -595,7 +610,8 @@ def _distinct(events: list[Event]) -> list[Event]:
     kept: list[Event] = []
     for event in events:
         twin = event.kind == "given" and any(
-            e.kind == "given" and _same(e.norm, event.norm) for e in kept
+            e.kind == "given" and (e.given is event.given or _same(e.norm, event.norm))
+            for e in kept
         )
         if not twin:
             kept.append(event)

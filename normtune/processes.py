@@ -1,4 +1,4 @@
-"""Runs as processes of their own: started from a warm fork server, and ended for certain."""
+"""Runs as processes of their own: started where that is cheap, and ended for certain."""
 
 from __future__ import annotations
 
@@ -46,13 +46,17 @@ class Child:
 
     Args:
         task: The task; its folder is made here.
-        job: Who carries it out in the child, ``module:function`` of one `Task`.
     """
 
-    def __init__(self, task: Task, job: str = "normtune.run:carry_out") -> None:
+    def __init__(self, task: Task) -> None:
         self.task = task
+        self._started = time.monotonic()
+        self._why_ended = ""
         task.folder.mkdir(parents=True, exist_ok=True)
-        self._process = _context().Process(target=_in_child, args=(task, job))
+        # A command imports torch for itself, so that its process starts from a bare Python.
+        context = multiprocessing.get_context("spawn") if task.command else _context()
+        job = "normtune.commands:carry_out" if task.command else "normtune.run:carry_out"
+        self._process = context.Process(target=_in_child, args=(task, job))
         with _without_main():
             self._process.start()
 
@@ -66,6 +70,16 @@ class Child:
         """Whether the process has not ended yet."""
         return self._process.is_alive()
 
+    @property
+    def seconds(self) -> float:
+        """How long ago it was started."""
+        return time.monotonic() - self._started
+
+    def give_up(self, why: str) -> None:
+        """End it and all that it started; its outcome is a crash for this reason."""
+        self._why_ended = why
+        end_all([self])
+
     def outcome(self) -> Outcome:
         """The outcome of a child that has ended; what it left behind is ended too."""
         self._process.join()
@@ -73,6 +87,8 @@ class Child:
         return Outcome.load(self.task.folder) or self._without_result()
 
     def _without_result(self) -> Outcome:
+        if self._why_ended:
+            return Outcome("crashed", reason=self._why_ended, seconds=round(self.seconds, 3))
         code = self._process.exitcode or 0
         if code == -signal.SIGKILL:
             return Outcome("crashed", reason="killed (out of memory?)")
@@ -137,7 +153,18 @@ def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
+        _end_descendants()
         os.killpg(0, signal.SIGKILL)
+
+
+def _end_descendants() -> None:
+    """Those in sessions of their own too, such as the workers of torchrun."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 def _redirect(task: Task) -> None:

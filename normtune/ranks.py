@@ -62,6 +62,7 @@ class Ranks:
         self._name = f"normtune/{next(_numbers)}"
         self._store: Any = None
         self._met = False
+        self._meetings = 0  # norms that all ranks worked at
         if self.size > 1 and initialized():
             from torch.distributed.distributed_c10d import _get_default_store
 
@@ -82,7 +83,6 @@ class Ranks:
         """
         if self._store is None:
             return
-        closed = f"{self._name}/closed"
         if not self._met:
             if self._verdict() != "all":
                 message = (
@@ -91,14 +91,32 @@ class Ranks:
                 )
                 raise NormtuneError(message)
             self._met = True
-        if self._store.check([closed]):
+        if self.left:
             message = "the recorder of another rank was closed, and the norm needs all shards"
             raise NormtuneError(message)
+        self._meetings += 1
 
-    def leave(self) -> None:
-        """Tell the other ranks not to wait for this one."""
-        if self._store is not None:
-            self._store.set(f"{self._name}/closed", "1")
+    def leave(self) -> bool:
+        """Tell the other ranks that this one works at one norm more; whether that can be.
+
+        One more, because another rank may have begun with it already. When that norm is there,
+        every rank knows that it was the last.
+        """
+        if self._store is None:
+            return False
+        try:
+            self._store.compare_set(f"{self._name}/last", "", str(self._meetings + 1))
+        except RuntimeError:  # the process group is gone, and with it all that could be waited for
+            return False
+        return True
+
+    @property
+    def left(self) -> bool:
+        """Whether some rank works at no norm any more."""
+        key = f"{self._name}/last"
+        if self._store is None or not self._store.check([key]):
+            return False
+        return self._meetings >= int(self._store.get(key))
 
     def _verdict(self) -> str:
         key = f"{self._name}/verdict"

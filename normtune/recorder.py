@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FLUSH_EVERY = 100  # steps
 FLUSH_SECONDS = 2.0
+NO_RATE = "cannot scale the learning rate: this training steps without an optimizer that has one"
 
 
 class NormRecorder:
@@ -109,6 +110,7 @@ class NormRecorder:
         self._stepping = False
         self._failed = False
         self._closed = False
+        self._lingers = False  # closed, but other ranks may wait for it in one norm more
         self.steps_begun = 0
         self._flushed_at = time.monotonic()
         self._max_norm: float | None = None
@@ -254,20 +256,25 @@ class NormRecorder:
             return
         self._closed = True
         self._commit_stepless()
-        interception.unlisten(self)
-        self._pairing.backwards.close()
         for rates in self._rates.values():
             rates.restore()
         with suppress(Exception):
             self.flush()
+            if self._ranks.posted and not self._ranks.compared:
+                self._write_own_file()  # rank 0 may be another training for all that is known
         if not self._buffer.store.close():
             self._complain_once(f"could not write all of the record: {self._buffer.store.error}")
-        with suppress(Exception):
-            self._ranks.leave()
         self._finalizer.cancel()
-        self._hold(self._optimizers, held=False)
         self._max_norm = None
         self._impose_on_compiled()
+        if self._pairing.meet is None or not self._ranks.leave():
+            self._detach()
+        self._lingers = True
+
+    def _detach(self) -> None:
+        interception.unlisten(self)
+        self._pairing.backwards.close()
+        self._hold(self._optimizers, held=False)
 
     def __repr__(self) -> str:
         names = "+".join(optimizers.name_of(o) for o in self._optimizers) or "no optimizer"
@@ -449,11 +456,11 @@ class NormRecorder:
         if self._optimizers and self.steps_begun:
             return
         events = [e for e in self._pairing.events if not e.used and e.kind != "backward"]
-        if events and self._lr_factor != 1.0:
-            raise NormtuneError(NO_RATE)
         if keep_last:
             newest = events[-1] if events else None
             events = [e for e in events if newest and e.backward < newest.backward]
+        if events and self._lr_factor != 1.0:
+            raise NormtuneError(NO_RATE)
         for row in self._pairing._rows_of(events):
             self._keep(row, None)
         for event in events:
@@ -516,6 +523,8 @@ class NormRecorder:
         self._pairing.step_done(optimizer)
         self._end_warmup()
         self._maybe_flush()
+        if self._lingers and self._ranks.left:
+            self._detach()
 
     def step_failed(self, optimizer: Any) -> None:
         """See `interception.Listener`."""
@@ -681,6 +690,8 @@ class NormRecorder:
     # --- the buffer
 
     def _keep(self, measured: Measured, optimizer: Any) -> None:
+        if self._lingers:
+            return
         belted = False
         if self._belt is not None and measured.skipped is False:
             value = float(measured.norm)
@@ -728,6 +739,11 @@ class NormRecorder:
             if self._max_norm is not None or self._rates:
                 raise
             self._failed = True
+            if self._lingers:
+                self._detach()
+                return None
+            with suppress(Exception):
+                self._ranks.leave()
             reason = f"{type(error).__name__}: {error}"
             self._complain_once(f"stopped recording, training goes on ({reason})")
             return None
@@ -785,6 +801,9 @@ class NormRecorder:
         if other is None:
             return
         self._report("ranks-differ", "", own=self._ranks.rank, other=other)
+        self._write_own_file()
+
+    def _write_own_file(self) -> None:
         store = self._buffer.store
         if isinstance(store, MemoryStore) and self._path is not None:
             self._buffer.store = store.to_file(self._path)

@@ -128,16 +128,27 @@ def form_of(form: str | None, output: Path | None) -> str:
     return form or (SUFFIXES.get(output.suffix.lower(), "html") if output else "html")
 
 
-def write(text: str, output: Path, *, source: str) -> None:
-    """Write a report to a file as a whole, never over its own source.
+def check(output: Path, *, source: str) -> None:
+    """Refuse a file that no report of `source` can be written to, before it is made.
 
     Raises:
         ValueError: If `output` is the source.
-        NormtuneError: If the file cannot be written.
+        NormtuneError: If its folder is missing.
     """
     if output.exists() and Path(source).exists() and output.samefile(source):
         message = f"the report would overwrite its source {source}; give another file with -o"
         raise ValueError(message)
+    if not output.parent.is_dir():
+        message = f"cannot write the report {output}: no such folder: {output.parent}"
+        raise NormtuneError(message)
+
+
+def write(text: str, output: Path) -> None:
+    """Write a report to a file, as a whole or not at all.
+
+    Raises:
+        NormtuneError: If the file cannot be written.
+    """
     unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         unfinished.write_text(text, encoding="utf-8", errors="replace")

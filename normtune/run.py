@@ -22,10 +22,9 @@ import torch
 
 from normtune.errors import StudyError
 from normtune.recorder import NormRecorder
-from normtune.tasks import Ending, Outcome, Task
+from normtune.tasks import THREAD_VARIABLES, Ending, Outcome, Task
 
 Train = Callable[["Run"], Any]
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class TrainError(StudyError):

@@ -18,7 +18,7 @@ from normtune.ledger import Ledger, exists, explained
 from normtune.plan import describe_plan
 from normtune.records import SUFFIX, NormRecord
 from normtune.results import SearchResult
-from normtune.study import Study, load_study
+from normtune.study import Study, duration, load_study
 from normtune.suggestion import Suggestion, suggest
 from normtune.trials import Trial
 
@@ -53,7 +53,7 @@ def record_study(
         StudyError: If the study file or the training is at fault.
         SuggestionError: If the recorded norms cannot carry a suggestion.
     """
-    study = _load(path)
+    study = load_study(path)
     with _locked(study):
         file = Path(output) if output else study.folder / f"{study.name}{SUFFIX}"
         task = replace(warmup_task(study, study.threads(1)), record=file)
@@ -67,7 +67,9 @@ def search(
     max_runs: int | None = None,
     jobs: int | None = None,
     storage: str | None = None,
+    time_limit: float | str | None = None,
     progress: Listener | None = None,
+    verbose: bool = False,
 ) -> SearchResult:
     """Run a study until its questions are decided or its budget is spent; a second call goes on.
 
@@ -76,31 +78,40 @@ def search(
         max_runs: The budget, instead of the file's.
         jobs: How many trainings run at a time, instead of the file's.
         storage: An Optuna storage URL, instead of the file's.
+        time_limit: How long a training may take, instead of the file's: seconds, or ``"30 min"``.
         progress: Is called with a `Progress` whenever something happens.
+        verbose: Whether that includes the lines that the trainings print.
 
     Raises:
         StudyError: If the study file or the training is at fault, if the study changed since it
             began, or if three trainings in a row crashed.
         KeyboardInterrupt: After Ctrl-C; what is done is kept, and no training is left running.
     """
-    study = _overridden(_load(path), max_runs=max_runs, jobs=jobs, storage=storage)
+    study = _overridden(
+        load_study(path), max_runs=max_runs, jobs=jobs, storage=storage, time_limit=time_limit
+    )
     with _locked(study), explained(study.storage):
-        processes.warm_up()
-        controller = Controller(study, progress or (lambda _: None))
+        if study.config.command is None:
+            processes.warm_up()
+        controller = Controller(study, progress or (lambda _: None), verbose=verbose)
         return controller.run()
 
 
 def plan_of(
-    path: str | os.PathLike[str], *, max_runs: int | None = None, storage: str | None = None
+    path: str | os.PathLike[str] | Study,
+    *,
+    max_runs: int | None = None,
+    storage: str | None = None,
 ) -> str:
     """What a search would run, how long it would take, and which sentences it can reach.
 
     Args:
-        path: The study file.
+        path: The study file, or a study that has none yet.
         max_runs: The budget, instead of the file's.
         storage: An Optuna storage URL, instead of the file's.
     """
-    study = _overridden(_load(path), max_runs=max_runs, jobs=None, storage=storage)
+    study = path if isinstance(path, Study) else load_study(path)
+    study = _overridden(study, max_runs=max_runs, storage=storage)
     config = study.config.search
     # The split does not depend on the norms, so any will do before they are recorded.
     settings = settings_from(study.config, NormRecord.of(np.linspace(0.5, 1.5, 30)), 1.0)
@@ -112,18 +123,19 @@ def plan_of(
     return describe_plan(settings, trials, jobs=config.jobs)
 
 
-def _load(path: str | os.PathLike[str]) -> Study:
-    study = load_study(path)
-    if study.config.train is None:
-        message = f"{path}: command: is not run yet; give train: file.py:function"
-        raise StudyError(message)
-    return study
-
-
 def _overridden(
-    study: Study, *, max_runs: int | None, jobs: int | None, storage: str | None
+    study: Study,
+    *,
+    max_runs: int | None = None,
+    jobs: int | None = None,
+    storage: str | None = None,
+    time_limit: float | str | None = None,
 ) -> Study:
-    given = {"max_runs": max_runs, "jobs": jobs, "storage": storage}
+    seconds = duration(time_limit)
+    if isinstance(seconds, float) and not seconds > 0:
+        message = f"time_limit must be above 0 s but got {time_limit!r}"
+        raise ValueError(message)
+    given = {"max_runs": max_runs, "jobs": jobs, "storage": storage, "time_limit": seconds}
     for name, least in (("max_runs", 4), ("jobs", 1)):
         value = given[name]
         if isinstance(value, int) and value < least:
@@ -131,6 +143,14 @@ def _overridden(
             raise ValueError(message)
     asked = {key: value for key, value in given.items() if value is not None}
     config = study.config.search.model_copy(update=asked)
+    shared = study.config.metric_file is not None and "{run_dir}" not in study.config.metric_file
+    if shared and config.jobs > 1:
+        message = (
+            f"{config.jobs} trainings at a time would write over each other's "
+            f"{study.config.metric_file}: let the command write into {{run_dir}}, a folder of its "
+            "own for each run, or give --jobs 1"
+        )
+        raise StudyError(message)
     return replace(study, config=study.config.model_copy(update={"search": config}))
 
 

@@ -25,10 +25,14 @@ from pydantic import (
 
 from normtune import rules
 from normtune.errors import StudyError
+from normtune.tasks import REPORTED
 
 MAX_BYTES = 100_000
 MAX_DEPTH = 20
 METRIC_EXAMPLE = "val loss ([0-9.]+)"
+HEADING = "# normtune search {name} goes on with this study; normtune report {name} shows it.\n"
+FILE_EXAMPLE = "{run_dir}/trainer_state.json:eval_loss"
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 Direction = Literal["minimize", "maximize"]
 ValueRule = Literal["last", "best", "mean of last 3"]
 
@@ -43,6 +47,25 @@ def _margin(value: object) -> object:
         message = f"must be a number above 0, or a percentage such as 1 %, but got {value!r}"
         raise ValueError(message)
     return value.strip() if isinstance(value, str) else float(number)  # type: ignore[arg-type]
+
+
+def duration(value: object) -> object:
+    """Seconds from a number of them or from words; what is neither stays as it is.
+
+    >>> duration("90 s"), duration("2 h"), duration(30)
+    (90.0, 7200.0, 30.0)
+
+    Raises:
+        ValueError: If text is no time.
+    """
+    if not isinstance(value, str):
+        return float(value) if type(value) is int else value
+    found = re.fullmatch(r"\s*([0-9.]+)\s*(s|min|h|)\s*", value)
+    amount = _as_float(found[1]) if found else None
+    if found is None or amount is None:
+        message = f"must be a time such as 90 s, 30 min or 2 h but got {value!r}"
+        raise ValueError(message)
+    return amount * SECONDS.get(found[2], 1.0)
 
 
 def _as_float(text: str) -> float | None:
@@ -66,6 +89,7 @@ class SearchConfig(_Strict):
         value: Which of the reported values of a run counts.
         jobs: How many trainings run at a time.
         storage: An Optuna storage URL; a SQLite file beside the study file without it.
+        time_limit: How long a training may take: seconds, or words such as ``"30 min"``.
         explore_fraction: How much of the schedule the runs before the confirmation train.
         seed: The seed of the first runs; fresh seeds count up from it.
     """
@@ -76,6 +100,7 @@ class SearchConfig(_Strict):
     value: ValueRule = "last"
     jobs: int = Field(1, ge=1)
     storage: str | None = Field(None, min_length=1)
+    time_limit: Annotated[float, BeforeValidator(duration), Field(gt=0)] | None = None
     explore_fraction: float = Field(1.0, gt=0, le=1)
     seed: int = Field(0, ge=0, lt=2**31)
 
@@ -85,8 +110,13 @@ class StudyConfig(_Strict):
 
     Attributes:
         train: ``file.py:function`` relative to the study file, or ``package.module:function``.
-        command: The training as a command instead; ``{seed}`` stands for the seed.
-        metric: Where a command's validation value is found: a pattern, or a key of a file.
+        command: The training as a command instead, run in the folder of the study file; ``{seed}``
+            stands for the seed of a run, ``{run_dir}`` for a folder of its own.
+        metric: A pattern for the validation value in a command's output, its number in a group; or
+            ``report_metric`` for a script that calls `normtune.report_metric`.
+        metric_file: Instead, a file that the command writes the value to, and its key there:
+            ``{run_dir}/trainer_state.json:eval_loss``.
+        seed_inside: Whether torch, numpy and random are seeded inside the command.
         params: Handed to the training as ``run.params``.
         direction: Whether a lower or a higher value is better.
         warmup_steps: How many unclipped steps the suggestion is read from.
@@ -99,6 +129,8 @@ class StudyConfig(_Strict):
     train: str | None = None
     command: tuple[str, ...] | None = Field(None, min_length=1, strict=False)
     metric: str | None = Field(None, min_length=1)
+    metric_file: str | None = Field(None, min_length=1)
+    seed_inside: bool = False
     params: dict[str, Any] = Field(default_factory=dict)
     direction: Direction = "minimize"
     warmup_steps: int = Field(200, ge=30)
@@ -113,11 +145,11 @@ class StudyConfig(_Strict):
             came = "neither" if self.train is None else "both"
             message = f"needs either train: file.py:function or command: [...], but got {came}"
             raise ValueError(message)
-        if self.command is not None and self.metric is None:
-            message = f"a command needs metric: such as '{METRIC_EXAMPLE}'"
-            raise ValueError(message)
         if self.train is not None:
             self._check_train(self.train)
+        else:
+            self._check_metric()
+            self._check_command(self.command or ())
         return self
 
     @field_validator("rule")
@@ -127,13 +159,60 @@ class StudyConfig(_Strict):
         return rule
 
     def _check_train(self, train: str) -> None:
-        if self.metric is not None:
+        if self.metric is not None or self.metric_file is not None:
             message = "metric: belongs to command:; a train function reports with run.report(value)"
+            raise ValueError(message)
+        if self.seed_inside:
+            message = "seed_inside: belongs to command:; a train function draws from run.seed"
             raise ValueError(message)
         source, _, function = train.rpartition(":")
         if not source or not function.isidentifier():
             message = f"train must be file.py:function or package.module:function but got {train!r}"
             raise ValueError(message)
+
+
+    def _check_metric(self) -> None:
+        if (self.metric is None) == (self.metric_file is None):
+            came = "" if self.metric is None else ", but got both"
+            message = (
+                f"a command needs metric: such as '{METRIC_EXAMPLE}', or metric_file: such as "
+                f"'{FILE_EXAMPLE}'{came}"
+            )
+            raise ValueError(message)
+        if self.metric is not None and self.metric != REPORTED:
+            _check_pattern(self.metric)
+        if self.metric_file is not None and not all(self.metric_file.partition(":")):
+            message = f"metric_file must be path:key, as in '{FILE_EXAMPLE}', but got "
+            raise ValueError(message + repr(self.metric_file))
+
+    def _check_command(self, command: Sequence[str]) -> None:
+        if not (self.seed_inside or any("{seed}" in part for part in command)):
+            message = (
+                "each run needs a seed of its own: write {seed} where the command takes it, as in "
+                "--seed {seed}, or set seed_inside: true (--seed-inside)"
+            )
+            raise ValueError(message)
+        given = {"params": self.params, "device": self.device}
+        wrong = [key for key, value in given.items() if value]
+        if self.search.explore_fraction != 1.0:
+            wrong.append("search.explore_fraction")
+        if wrong:
+            message = f"{wrong[0]}: is for a train function; write it into the command itself"
+            raise ValueError(message)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        message = f"metric is no regular expression: {error} in {pattern!r}"
+        raise ValueError(message) from None
+    if not groups:
+        message = (
+            f"metric needs parentheses around the number, as in '{METRIC_EXAMPLE}', but got "
+            f"{pattern!r}"
+        )
+        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -165,7 +244,10 @@ class Study:
 
     @property
     def train_file(self) -> Path | None:
-        """The Python file that holds the training; None where it is a module."""
+        """The Python file that holds the training; None where it is a module or a program."""
+        if self.config.command is not None:
+            scripts = (self.folder / part for part in self.config.command if part.endswith(".py"))
+            return next((script for script in scripts if script.is_file()), None)
         source = (self.config.train or "").rpartition(":")[0]
         return self.folder / source if source.endswith(".py") or "/" in source else None
 
@@ -190,13 +272,14 @@ class Study:
         config = self.config.model_dump(mode="json")
         search = config.pop("search")
         params = config.pop("params")
-        may_change = ("max_runs", "jobs", "storage")
+        may_change = ("max_runs", "jobs", "storage", "time_limit")
         flat = config | {f"params.{key}": value for key, value in params.items()}
         flat |= {f"search.{key}": v for key, v in search.items() if key not in may_change}
         if self.train_file is not None:
             content = self.train_file.read_bytes()
             flat["contents of the train file"] = hashlib.sha256(content).hexdigest()[:16]
-        return flat
+        # A key that a later normtune knows changes no study that does not use it.
+        return {key: value for key, value in flat.items() if value not in (None, False)}
 
 
 def cores() -> int:
@@ -226,6 +309,70 @@ def load_study(path: str | os.PathLike[str]) -> Study:
         message = f"{document.place(('train',))}no such file: {study.train_file}"
         raise StudyError(message)
     return study
+
+
+def study_of(path: str | os.PathLike[str], keys: Mapping[str, Any]) -> Study:
+    """The study that a file with these keys would hold; nothing is written.
+
+    Args:
+        path: The study file that it would be.
+        keys: The keys of a study file.
+
+    Raises:
+        ValueError: With the first fault.
+    """
+    try:
+        config = StudyConfig.model_validate(keys)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        loc = [part for part in fault["loc"] if not _is_internal(part)]
+        place = f"{'.'.join(map(str, loc))}: " if loc else ""
+        message = place + _explain_fault(fault, loc)
+        raise ValueError(message) from None
+    return Study(Path(path).absolute(), config)
+
+
+def save_study(study: Study, keys: Mapping[str, Any]) -> bool:
+    """Write the file of a study made by `study_of`, unless it is there already.
+
+    Args:
+        study: The study.
+        keys: What it was made of.
+
+    Returns:
+        Whether it was written; a file that says the same is left as it is.
+
+    Raises:
+        StudyError: If the file holds another study, or cannot be written.
+    """
+    if study.path.exists():
+        _refuse_other(study)
+        return False
+    text = HEADING.format(name=study.path.name) + yaml.dump(
+        dict(keys), Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True
+    )
+    try:
+        with study.path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        message = f"cannot write the study {study.path}: {error.strerror or error}"
+        raise StudyError(message) from None
+    return True
+
+
+def _refuse_other(study: Study) -> None:
+    there, asked = load_study(study.path).fingerprint(), study.fingerprint()
+    other = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+    if other:
+        changes = "; ".join(
+            f"{k} is {there.get(k, 'absent')!r} there, {asked.get(k, 'absent')!r} here"
+            for k in other
+        )
+        message = (
+            f"{study.path} holds another study ({changes}); it is not overwritten. Go on with it "
+            f"by normtune search {study.path.name}, or give this one a file: --study other.yaml"
+        )
+        raise StudyError(message)
 
 
 # --- YAML -------------------------------------------------------------------------------------
@@ -261,6 +408,13 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first)
     )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read as the text that it is."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 @dataclass(frozen=True)

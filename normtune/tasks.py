@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ Ending = Literal["finished", "diverged", "stopped", "crashed", "unusable"]
 RECORD = f"run{records.SUFFIX}"
 RESULT = "result.json"
 OUTPUT = "output.txt"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+REPORTED = "report_metric"  # the metric of a script that calls normtune.report_metric(value)
+_TOKEN = re.compile(r"\{(seed|run_dir)\}")
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Task:
 
     Attributes:
         folder: The run's own folder: its record, its output and its result.
-        train: The training as the study file names it.
-        home: The folder of the study file, from which `train` is imported.
+        train: The training as the study file names it; empty for a command.
+        home: The folder of the study file: `train` is imported from it, a command runs in it.
         seed: The seed of the run.
         params: What the training gets as ``run.params``.
         max_norm: What to clip at; inf is no clipping.
@@ -34,9 +38,14 @@ class Task:
         threads: torch's threads.
         device: The device that the user asked for; None takes a GPU where there is one.
         slot: Which of the parallel runs this is; it picks the GPU.
+        slots: How many runs go at a time.
         stop_after: End after so many steps; None trains to the end.
         record: The record file; None is one in `folder`.
         metadata: Facts for the header of the record.
+        command: The training as a command; ``{seed}`` and ``{run_dir}`` stand for those of the run.
+        seed_inside: Whether torch, numpy and random are seeded inside the command.
+        metric: The pattern of the validation value in the command's output, or `REPORTED`.
+        metric_file: The file that the command writes it to, and the key: ``path:key``.
     """
 
     folder: Path
@@ -50,14 +59,33 @@ class Task:
     threads: int = 1
     device: str | None = None
     slot: int = 0
+    slots: int = 1
     stop_after: int | None = None
     record: Path | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+    seed_inside: bool = False
+    metric: str | None = None
+    metric_file: str | None = None
 
     @property
     def record_path(self) -> Path:
         """Where the norms are recorded."""
         return self.record or self.folder / RECORD
+
+    @property
+    def argv(self) -> list[str]:
+        """The command of this run."""
+        return [self.filled(part) for part in self.command]
+
+    def filled(self, text: str) -> str:
+        """`text` with ``{seed}`` and ``{run_dir}`` replaced, and nothing else.
+
+        >>> Task(Path("/r"), "", Path(), seed=3).filled('{"seed": {seed}, "out": "{run_dir}/{x}"}')
+        '{"seed": 3, "out": "/r/{x}"}'
+        """
+        known = {"seed": str(self.seed), "run_dir": str(self.folder.absolute())}
+        return _TOKEN.sub(lambda token: known[token[1]], text)
 
 
 @dataclass(frozen=True)

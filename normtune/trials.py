@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 State = Literal["running", "finished", "diverged", "stuck", "crashed"]
-Stage = Literal["explore", "lr", "race", "confirm"]
+Stage = Literal["explore", "lr", "confirm"]
 Direction = Literal["minimize", "maximize"]
 Arm = tuple[float, float]  # (max_norm, lr_factor)
 
@@ -29,7 +29,7 @@ class Trial:
         lr_factor: What the study's learning rate was multiplied by.
         seed: The seed of the run; `Settings.seed` explores, the seeds after it confirm.
         state: How the run stands. Diverged and stuck runs are results, a crashed one is not.
-        stage: What the run was planned for: explore, lr, race or confirm.
+        stage: What the run was planned for: explore, lr or confirm.
         value: Its validation value as the user's direction has it; None unless finished or stuck.
         free: Whether the run was copied from the unclipped run of its seed, not trained.
         largest_norm: Largest recorded norm, inf where one was not finite; nan where unknown.

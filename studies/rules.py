@@ -28,9 +28,11 @@ from candidates import CANDIDATES, FEWEST, RULES, Norms, finite  # noqa: E402 - 
 from sweep import NEAR, ONLINE, RESULTS, Sweep, norms_of, warm_up  # noqa: E402
 
 from normtune.rules import DEFAULT  # noqa: E402
+from normtune.trials import LEARNED  # noqa: E402
 
 FIXED = {"no clipping": math.inf, "0.5": 0.5, "1.0": 1.0, "5.0": 5.0, "10.0": 10.0}
 LENGTHS = (0.05, 0.1, 0.25, 0.5, 1.0)  # shares of the schedule
+ANSWERED = ("p10", "1.0", "no clipping", "AutoClip p10", "ZClip")
 REGIMES = ("low", "searched", "too high")
 
 
@@ -129,7 +131,20 @@ def frame(sweep: Sweep) -> pd.DataFrame:
 
 
 def curves(sweep: Sweep) -> list[Curve]:
-    """Every configuration with at least two whole seeds."""
+    """Every configuration with at least two whole seeds that learned at some max_norm."""
+    return [c for c in all_of(sweep) if learned(c)]
+
+
+def hopeless(sweep: Sweep) -> list[str]:
+    """The configurations that learned at no max_norm: no rule can be told from another there."""
+    return [c.name for c in all_of(sweep) if not learned(c)]
+
+
+def learned(c: Curve) -> bool:
+    return c.range > LEARNED * abs(c.untrained)
+
+
+def all_of(sweep: Sweep) -> list[Curve]:
     firsts = {
         (r["study"], r["optimizer"], r["lr"]): norms_of(r)
         for r in sweep.rows
@@ -209,7 +224,8 @@ def over_tasks(part: pd.DataFrame, column: str = "lost") -> tuple[float, float, 
     tasks = part.groupby("study")[column].mean().to_numpy()
     if len(tasks) < 2 or np.ptp(tasks) == 0:
         return (float(np.mean(tasks)) if len(tasks) else math.nan, math.nan, math.nan)
-    found = bootstrap((tasks,), np.mean, method="percentile", rng=0).confidence_interval
+    drawn = bootstrap((tasks,), np.mean, method="percentile", n_resamples=2000, rng=0)
+    found = drawn.confidence_interval
     return float(tasks.mean()), float(found.low), float(found.high)
 
 
@@ -228,11 +244,18 @@ def rules_table(data: pd.DataFrame) -> pd.DataFrame:
             "in sd": f"{mine['in sd'].median():.1f}",
             "low": percent(over_tasks(low)[0]),
             "too high": percent(*over_tasks(above)),
+            "seeds": seeds_of(data[data["method"] == name]),
             "failed, too high": f"{above['failed'].sum()} of {above['runs'].sum()}",
             "failed, others": f"{mine['failed'].sum() + low['failed'].sum()} of "
             f"{mine['runs'].sum() + low['runs'].sum()}",
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("rule")
+
+
+def seeds_of(part: pd.DataFrame) -> str:
+    """How many seeds stand behind the configurations of a method."""
+    few, many = part["runs"].min(), part["runs"].max()
+    return f"{few}" if few == many else f"{few} to {many}"
 
 
 def percent(mean: float, low: float = math.nan, high: float = math.nan) -> str:
@@ -241,8 +264,25 @@ def percent(mean: float, low: float = math.nan, high: float = math.nan) -> str:
     >>> percent(0.123, 0.1, 0.2)
     '12.3 % (10.0 to 20.0)'
     """
-    plain = "" if math.isnan(mean) else f"{100 * mean:.1f} %"
-    return plain if math.isnan(low) else f"{plain} ({100 * low:.1f} to {100 * high:.1f})"
+    plain, *ends = (f"{round(100 * share, 1) + 0.0:.1f}" for share in (mean, low, high))
+    if math.isnan(mean):
+        return ""
+    return f"{plain} %" if math.isnan(low) else f"{plain} % ({' to '.join(ends)})"
+
+
+def answer(data: pd.DataFrame) -> str:
+    """The short answer to "which rule": what each costs where the rate is right, and where not."""
+    told = []
+    for name in (DEFAULT, *ANSWERED):
+        parts = [data[(data["method"] == name) & (data["regime"] == r)] for r in REGIMES[1:]]
+        if all(map(len, parts)):
+            right, high = (percent(over_tasks(part)[0]) for part in parts)
+            told.append(f"{name} {right} and {high}")
+    count = data["configuration"].nunique()
+    return (
+        f"Share of the range lost over {count} configurations of {data['study'].nunique()} tasks, "
+        f"at the searched learning rate and at rates that are too high: {'; '.join(told)}."
+    )
 
 
 def candidates_table(data: pd.DataFrame) -> pd.DataFrame:
@@ -252,11 +292,13 @@ def candidates_table(data: pd.DataFrame) -> pd.DataFrame:
         pairs = paired(data, name)
         searched = pairs[pairs["regime"] == "searched"]
         mean, low, high = over_tasks(searched, "difference")
+        above = over_tasks(pairs[pairs["regime"] == "too high"], "difference")
         fails = pairs[(pairs["failed"] > 0) & (pairs["failed of the default"] == 0)]
         wins = high < 0 and fails.empty and name in CANDIDATES
         rows[name] = {
             "candidate": "yes" if name in CANDIDATES else "published",
-            f"lost, minus that of {DEFAULT}": percent(mean, low, high),
+            f"lost at the searched rate, minus that of {DEFAULT}": percent(mean, low, high),
+            "at rates that are too high": percent(*above),
             f"fails where {DEFAULT} doesn't": ", ".join(fails["configuration"]) or "nowhere",
             f"replaces {DEFAULT}": "yes" if wins else "no",
         }
@@ -321,21 +363,25 @@ def warmup_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def purpose(c: Curve, all_curves: list[Curve]) -> str:
     """What the means say of clipping here; no verdict, for there are too few seeds for one."""
-    none, clipped = float(c.means[math.inf]), float(c.best_elsewhere.mean())
-    margin = max(c.sd, 2 * c.sd * math.sqrt(2 / len(c.scores)))
     rates = sorted(
         (o for o in all_curves if (o.study, o.optimizer) == (c.study, c.optimizer)),
         key=lambda o: o.lr,
     )
     best = min(rates, key=lambda o: o.means[math.inf])
-    lower = float(best.means[math.inf])
-    if none - clipped <= margin:
+    none, clipped = float(c.means[math.inf]), float(c.best_elsewhere.mean())
+    other = float(best.means[math.inf])
+    if none - clipped <= margin(c, c):
         return "equal"
-    if best.lr < c.lr and clipped - lower > margin:
-        return "a lower learning rate is better"
-    if best.lr < c.lr and abs(clipped - lower) <= margin:
+    if best is not c and clipped - other > margin(c, best):
+        return "another learning rate is better"
+    if best is not c and other - clipped <= margin(c, best):
         return "only makes up for the rate"
-    return "better model" if best not in (rates[0], rates[-1]) else "helps; lower rates open"
+    return "better model" if best not in (rates[0], rates[-1]) else "helps; other rates open"
+
+
+def margin(a: Curve, b: Curve) -> float:
+    """What counts as equal: one sd of a run, and at least two standard errors."""
+    return max(a.sd, 2 * math.hypot(a.sd, b.sd) / math.sqrt(min(len(a.scores), len(b.scores))))
 
 
 def purposes_table(all_curves: list[Curve]) -> pd.DataFrame:

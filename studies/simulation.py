@@ -6,7 +6,7 @@ in sd of one run, so a regret of 1 is what one seed changes. Worlds for tuning a
 scoring differ in their seeds and in the ranges that their parameters are drawn from; thresholds in
 normtune were chosen on the first, the tables come from the second.
 
-    python studies/simulation.py                 # scoring worlds -> studies/results/simulation.*
+    python studies/simulation.py --out studies/results      # scoring worlds
     python studies/simulation.py --tuning --worlds 40
 """
 
@@ -19,18 +19,17 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from normtune.comparison import Verdict, verdict
-from normtune.plan import Planned, Settings, Trial, free_from, next_runs
 from normtune.arms import choose_arms, clipping_leads
+from normtune.comparison import Runs, Verdict, margin_of, verdict
+from normtune.plan import Planned, Settings, Trial, free_from, next_runs
 
-HERE = Path(__file__).parent
 SHAPES = (
     "plateau with cliff",
     "divergence above",
@@ -42,6 +41,7 @@ SHAPES = (
 )
 HELPING = tuple(s for s in SHAPES if s not in ("flat", "higher is better"))
 RATE_KINDS = ("better model", "rate too high", "lower rate")
+CORRELATIONS = (0.0, 0.5, 0.8)
 FINAL, FIRST = 60.0, 160.0  # loss of the best run and of the first report, in sd of one run
 FAILED = 20.0  # what a failed run costs in a regret, in sd
 
@@ -317,10 +317,13 @@ SEARCHES: dict[str, Callable[[World, int], list[float]]] = {
 }
 
 
-def search_table(ranges: str, worlds: int, *, runs: int = 15) -> list[dict[str, Any]]:
+def search_table(
+    ranges: str, worlds: int, strategies: Iterable[str], *, runs: int = 15
+) -> list[dict[str, Any]]:
     """Regret and share within one sd of the best, by strategy and shape."""
     rows = []
-    for name, search in SEARCHES.items():
+    for name in strategies:
+        search = SEARCHES[name]
         by_shape: dict[str, list[list[float]]] = defaultdict(list)
         for world in search_worlds(ranges, worlds):
             costs = search(world, runs)
@@ -369,14 +372,41 @@ def verdict_cells(ranges: str, worlds: int) -> dict[str, list[World]]:
     cells["nothing differs, runs get stuck"] = [
         World("flat", "flat", i, ranges, stuck=0.15) for i in range(n)
     ]
+    cells["placebo"] = [
+        World("flat", "flat", 5_000 + i, ranges, stuck=0.0, noise_ratio=1.0) for i in range(n)
+    ]
     cells["clipping hurts"] = [
         World("higher is better", "rate is right", i, ranges) for i in range(n)
     ]
-    for rho in (0.0, 0.5, 0.8):
+    for rho in CORRELATIONS:
         cells[f"equal suggestion, correlation {rho}"] = [
             World("flat", "flat", 10_000 + i, ranges, correlation=rho, stuck=0.0) for i in range(n)
         ]
     return cells
+
+
+def six_seeds(ranges: str, worlds: int) -> list[dict[str, Any]]:
+    """A truly equal suggestion against another value at exactly six fresh seeds, three arms."""
+    rows = []
+    for rho in CORRELATIONS:
+        said = []
+        for i in range(worlds):
+            world = World("flat", "flat", 20_000 + i, ranges, correlation=rho, stuck=0.0)
+            settings = world.settings(30)
+            other = world.p["median"] / 3
+            arms = (math.inf, settings.suggestion, other)
+            trials = [
+                world.train(
+                    Planned(c, 1.0, seed, "confirm" if seed else "explore", free=False, reason="")
+                )
+                for seed in range(7)
+                for c in arms
+            ]
+            runs = Runs(settings, trials)
+            c = runs.compare((settings.suggestion, 1.0), (other, 1.0), margin=margin_of(runs).loss)
+            said.append("worse" if c.relation == "worse" else "as good" if c.as_good else "open")
+        rows.append({"correlation": rho, "worlds": worlds, "said": _shares(said)})
+    return rows
 
 
 def judge(world: World, max_runs: int) -> tuple[Verdict, list[Trial], Settings]:
@@ -385,14 +415,13 @@ def judge(world: World, max_runs: int) -> tuple[Verdict, list[Trial], Settings]:
     return verdict(settings, trials), trials, settings
 
 
-def verdict_table(ranges: str, worlds: int, budgets: tuple[int, ...]) -> list[dict[str, Any]]:
+def verdict_table(ranges: str, worlds: int, budgets: Iterable[int]) -> list[dict[str, Any]]:
     """How often each sentence was said, by truth and budget."""
     rows = []
     for budget in budgets:
         for truth, cell in verdict_cells(ranges, worlds).items():
             judged = [judge(world, budget) for world in cell]
             rows.append(_verdict_row(truth, budget, cell, judged))
-            _print_verdict(rows[-1])
     return rows
 
 
@@ -418,6 +447,7 @@ def _verdict_row(
         "truth": truth,
         "budget": budget,
         "worlds": n,
+        "correlation": cell[0].correlation,
         "kinds": {k: round(kinds[k] / n, 3) for k in ("1", "2", "3", "4", "5", "6", "none")},
         "vs_none": _shares(v.suggestion_vs_none for v, _, _ in judged),
         "vs_best": _shares(v.suggestion_vs_best for v, _, _ in judged),
@@ -435,55 +465,168 @@ def _shares(words: Iterable[str]) -> dict[str, float]:
     return {word: round(count / n, 3) for word, count in sorted(counts.items())}
 
 
-# --- printing ---------------------------------------------------------------------------------
+# --- the table of targets ------------------------------------------------------------------------
 
 
-def _se(share: float, n: int) -> float:
-    return math.sqrt(max(share * (1 - share), 0.25 / n) / n)
+@dataclass(frozen=True)
+class Row:
+    """One target: what was measured, of how many, and whether it is reached."""
+
+    what: str
+    target: str
+    share: float
+    n: int
+    reached: bool
+
+    @property
+    def se(self) -> float:
+        """Standard error of the share; never 0."""
+        return math.sqrt(max(self.share * (1 - self.share), 0.25 / self.n) / self.n)
 
 
-def _print_search(row: dict[str, Any]) -> None:
-    within = "  ".join(f"{k:>2}: {v:.2f}" for k, v in row["within"].items())
-    print(
-        f"{row['strategy']:<22} {row['shape']:<20} {row['worlds']:>5}  {within}"
-        f"  +-{row['se']:.3f}  regret {row['regret']:.2f}",
-        flush=True,
-    )
+def at_most(what: str, share: float, n: int, limit: float) -> Row:
+    return Row(what, f"at most {limit:.2f}", share, n, share <= limit)
 
 
-def _print_verdict(row: dict[str, Any]) -> None:
-    kinds = "  ".join(f"{k}: {v:.2f}" for k, v in row["kinds"].items() if k != "none")
-    print(
-        f"{row['budget']:>3} {row['truth']:<34} {row['worlds']:>4}  {kinds}  "
-        f"runs {row['runs']} seeds {row['seeds']} within {row['within']:.2f}  "
-        f"S/N {row['vs_none']}  S/C {row['vs_best']} equal {row['equal_suggestions']} "
-        f"{row['equal_vs_best']}",
-        flush=True,
-    )
+def at_least(what: str, share: float, n: int, limit: float) -> Row:
+    return Row(what, f"at least {limit:.2f}", share, n, share >= limit)
+
+
+def target_rows(result: dict[str, Any]) -> list[Row]:
+    """The targets of the search, verdict and placebo rows."""
+    rows = [
+        at_least(
+            f"within one sd after 12 runs: {r['shape']}",
+            r["within"][12],
+            r["worlds"],
+            0.95 if r["shape"] == "all" else 0.90,
+        )
+        for r in result.get("search", [])
+        if r["strategy"] == "normtune explore"
+    ]
+    for r in result.get("verdicts", []):
+        rows += _verdict_targets(r)
+    rows += [
+        at_most(
+            "equal suggestion left open at 6 seeds, correlation 0.5",
+            r["said"].get("open", 0.0),
+            r["worlds"],
+            0.35,
+        )
+        for r in result.get("six_seeds", [])
+        if r["correlation"] == 0.5
+    ]
+    return rows
+
+
+def _verdict_targets(r: dict[str, Any]) -> list[Row]:
+    n, kinds, truth = r["worlds"], r["kinds"], r["truth"]
+    at = f"budget {r['budget']}: "
+    if truth == "better model":
+        goal = {24: 0.60, 40: 0.85}.get(r["budget"], 0.0)
+        return [at_least(at + "better model found", kinds["1"], n, goal)]
+    if truth in ("rate too high", "lower rate"):
+        return [at_most(f"{at}false better model ({truth})", kinds["1"], n, 0.10)]
+    if truth.startswith("nothing differs"):
+        claims = kinds["1"] + kinds["3"] + kinds["4"]
+        helps = r["vs_none"].get("helps", 0.0)
+        return [
+            at_most(f"{at}false help of clipping, {truth}", claims, n, 0.05),
+            at_most(f"{at}false help of the suggestion, {truth}", helps, n, 0.05),
+        ]
+    if truth == "placebo":
+        said = sum(kinds[k] for k in ("1", "2", "3", "4"))
+        return [at_most(at + "placebo: any sentence but equal or undecided", said, n, 0.05)]
+    if truth.startswith("equal suggestion"):
+        open_ = r["vs_best"].get("undecided", 0.0)
+        rows = [at_most(f"{at}{truth}: called worse", r["vs_best"].get("worse", 0.0), n, 0.05)]
+        if r["correlation"] == 0.5 and r["budget"] >= 40:
+            rows.append(at_most(f"{at}{truth}: left undecided", open_, n, 0.35))
+        return rows
+    return []
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page of tables."""
+    lines = [
+        "# The planner and the verdict in simulation",
+        "",
+        f"Written by `studies/simulation.py`: {result['ranges']} worlds, {result['worlds']} of",
+        "each shape or cell (twice that in the first four cells). +- is one standard error.",
+        "",
+        "| what | target | measured | |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.what} | {r.target} | {r.share:.3f} +- {r.se:.3f} ({r.n}) "
+        f"| {'' if r.reached else 'missed'} |"
+        for r in target_rows(result)
+    ]
+    lines += [
+        "",
+        "Search: share within one sd of the best after 6, 8, 10, 12, 15 runs, at one rate.",
+        "",
+        "| strategy | shape | 6 | 8 | 10 | 12 | 15 | +- at 12 | mean regret at 12 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['strategy']} | {r['shape']} | "
+        + " | ".join(f"{v:.2f}" for v in r["within"].values())
+        + f" | {r['se']:.3f} | {r['regret']:.2f} |"
+        for r in result.get("search", [])
+    ]
+    lines += [
+        "",
+        "Verdicts: share of studies that end with each sentence (1 better model, 2 lower",
+        "rate, 3 rate too high, 4 helps here, 5 equal, 6 undecided), then the suggestion",
+        "against no clipping and against the best found.",
+        "",
+        "| runs | truth | n | 1 | 2 | 3 | 4 | 5 | 6 | runs used | seeds | to none | to best |",
+        "|" + "---|" * 13,
+    ]
+    lines += [
+        f"| {r['budget']} | {r['truth']} | {r['worlds']} | "
+        + " | ".join(f"{r['kinds'][k]:.2f}" for k in "123456")
+        + f" | {r['runs']} | {r['seeds']} | {_words(r['vs_none'])} | {_words(r['vs_best'])} |"
+        for r in result.get("verdicts", [])
+    ]
+    if "six_seeds" in result:
+        lines += ["", "A truly equal suggestion at exactly six seeds and three arms:", ""]
+        lines += [
+            f"- correlation {r['correlation']}: {_words(r['said'])} (n = {r['worlds']})"
+            for r in result["six_seeds"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _words(shares: dict[str, float]) -> str:
+    return ", ".join(f"{word} {share:.2f}" for word, share in shares.items())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tuning", action="store_true")
-    parser.add_argument("--worlds", type=int, default=100)
+    parser.add_argument("--tuning", action="store_true", help="worlds that thresholds may see")
+    parser.add_argument("--worlds", type=int, default=100, help="worlds of each shape or cell")
     parser.add_argument("--budgets", type=int, nargs="*", default=[24, 40])
     parser.add_argument("--only", choices=("search", "verdict"))
-    parser.add_argument("--strategy", nargs="*")
+    parser.add_argument("--strategy", nargs="*", default=list(SEARCHES), choices=list(SEARCHES))
+    parser.add_argument("--out", type=Path, help="folder for simulation.json and simulation.md")
     arguments = parser.parse_args()
     ranges = "tuning" if arguments.tuning else "scoring"
     start = time.perf_counter()
     result: dict[str, Any] = {"ranges": ranges, "worlds": arguments.worlds}
-    if arguments.strategy:
-        for name in set(SEARCHES) - set(arguments.strategy):
-            del SEARCHES[name]
     if arguments.only != "verdict":
-        result["search"] = search_table(ranges, arguments.worlds)
-        for row in result["search"]:
-            _print_search(row)
+        result["search"] = search_table(ranges, arguments.worlds, arguments.strategy)
     if arguments.only != "search":
-        budgets = tuple(arguments.budgets)
-        result["verdicts"] = verdict_table(ranges, arguments.worlds, budgets)
-    print(f"{time.perf_counter() - start:.0f} s")
+        result["verdicts"] = verdict_table(ranges, arguments.worlds, arguments.budgets)
+        result["six_seeds"] = six_seeds(ranges, arguments.worlds)
+    result["seconds"] = round(time.perf_counter() - start)
+    page = markdown(result)
+    print(page)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "simulation.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.out / "simulation.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,28 @@ def test_enough_steps_in_another_thread_end_the_whole_process(reside, monkeypatc
     assert left
 
 
+def test_two_training_threads_have_a_record_each(reside, tmp_path):
+    """What they train at the same time is not mixed: 60 true norms for each."""
+    case = next(c for c in loops.CASES if c.loop is loops.early)
+    resident = reside()
+    true = {}
+
+    def work(clip):
+        true[clip] = [case.loop(lambda _: None, clip)[1] for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(clip,)) for clip in (0.2, 0.4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    resident.over()
+    records = [NormRecord.load(path) for path in records_in(tmp_path)]
+    assert sorted(r.current for r in records) == [0.2, 0.4]
+    for record in records:
+        np.testing.assert_allclose(record.norms, true[record.current][0], rtol=1e-5)
+        assert len(record.origin.notes) == 4  # the models that followed, a series each
+
+
 def test_what_cannot_be_imposed_ends_the_run_with_its_reason(reside, tmp_path):
     """An lr that is computed inside the step cannot be scaled, so the run must not count."""
     reside(lr_factor=0.5)

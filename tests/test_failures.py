@@ -10,7 +10,7 @@ import pytest
 HERE = Path(__file__).parent
 
 # Row -> the case, and where it is held: a loop of loops.py by its name, a test as file::name, or
-# a sentence of docs/loops.md where it cannot run here.
+# a sentence of docs/loops.md or docs/frameworks.md where it cannot run here.
 ROWS = {
     "1": ("closures that clip", ["step(closure) that clips inside", "step(closure)"]),
     "2": ("clip, callbacks, step", ["clip_grad_norm_ by its full name"]),
@@ -297,6 +297,97 @@ ROWS = {
         ["test_records.py::test_an_append_after_a_torn_line_loses_only_the_torn_line"],
     ),
     "73": ("a number cut short", ["test_records.py::test_a_number_that_was_cut_is_not_read"]),
+    "22": (
+        "rank 0 alone",
+        [
+            "test_distributed.py::test_a_recorder_on_rank_0_alone_lets_the_training_go_on",
+            "test_distributed.py::test_a_recorder_that_one_rank_closes_ends_on_the_others",
+        ],
+    ),
+    "23": (
+        "the norm of shards",
+        [
+            "test_distributed.py::test_each_rank_has_the_norm_of_the_whole_model",
+        ],
+    ),
+    "25": (
+        "FSDP1",
+        [
+            "test_distributed.py::test_each_rank_has_the_norm_of_the_whole_model",
+            "test_distributed.py::test_fsdp1_without_its_clip_call_is_not_recorded",
+        ],
+    ),
+    "26 to 28": (
+        "a mix over meshes",
+        [
+            "test_distributed.py::test_plain_replicated_and_sharded_parameters_count_once_each",
+            "test_distributed.py::test_an_imposed_max_norm_clips_a_mix_that_torch_refuses",
+        ],
+    ),
+    "29": (
+        "a rank without gradients",
+        [
+            "test_distributed.py::test_plain_replicated_and_sharded_parameters_count_once_each",
+        ],
+    ),
+    "30": (
+        "DDP and no_sync",
+        [
+            "test_distributed.py::test_accumulation_in_no_sync_gives_the_norm_of_the_reduced_sum",
+            "test_distributed.py::test_ranks_that_train_by_themselves_have_a_record_each_and_a_finding",
+        ],
+    ),
+    "32": (
+        "DeepSpeed",
+        [
+            "docs: **DeepSpeed, Megatron, NeMo, fairseq**",
+        ],
+    ),
+    "33": (
+        "pipeline parallel",
+        [
+            "docs: **Pipeline parallel.**",
+        ],
+    ),
+    "35": (
+        "an unmodified script",
+        [
+            "test_launch.py::test_the_command_keeps_its_output_folder_and_parameters",
+        ],
+    ),
+    "36b": (
+        "signals of a command",
+        [
+            "test_launch.py::test_signals_are_handed_on_and_the_commands_answer_is_awaited",
+            "test_launch.py::test_a_command_that_a_signal_ends_gets_the_exit_code_of_a_shell",
+        ],
+    ),
+    "38": (
+        "data workers of a forked training",
+        [
+            "test_launch.py::test_a_training_in_a_forked_process_and_two_in_a_row_are_told_apart",
+        ],
+    ),
+    "39": (
+        "spawned and launched processes",
+        [
+            "test_launch.py::test_mp_spawn_inside_the_script_is_followed",
+            "test_launch.py::test_torchrun_with_two_ranks_gives_one_record_and_ends_after_the_steps_asked_for",
+            "test_launch.py::test_an_existing_sitecustomize_still_runs",
+        ],
+    ),
+    "40b": (
+        "a file for each process",
+        [
+            "test_launch.py::test_records_are_merged_so_that_the_longest_is_read",
+        ],
+    ),
+    "41b": (
+        "two training threads of a command",
+        [
+            "test_automatic.py::test_two_training_threads_have_a_record_each",
+        ],
+    ),
     "75": ("NaN in JSON", ["test_records.py::test_every_line_is_strict_json"]),
     "76": (
         "resume",
@@ -330,8 +421,9 @@ def names_in(file):
 def exists(place):
     """Whether there is such a loop, test or sentence."""
     if place.startswith("docs: "):
-        page = (HERE.parent / "docs" / "loops.md").read_text(encoding="utf-8")
-        return place.removeprefix("docs: ") in page
+        pages = [HERE.parent / "docs" / name for name in ("loops.md", "frameworks.md")]
+        sentence = place.removeprefix("docs: ")
+        return any(sentence in page.read_text(encoding="utf-8") for page in pages)
     if "::" in place:
         file, name = place.split("::")
         return name in names_in(file)

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from frameworks_table import holds
 from loops import true_norm
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -95,7 +96,7 @@ KINDS = {
     "automatic": {"gradient_clip_val": CLIP},
     "automatic, no clipping": {},
     "manual": {"manual": True},
-    "accumulation": {"gradient_clip_val": CLIP, "accumulate_grad_batches": 3},
+    "accumulation": {"gradient_clip_val": CLIP, "accumulate_grad_batches": 3, "n": 24},
     "value clip": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
 }
 
@@ -109,6 +110,8 @@ def test_lightning_gives_the_norms_before_clipping_and_learns_the_same(kind, pac
     np.testing.assert_allclose(
         callback.recorder.record.norms, model.norms[every - 1 :: every], rtol=1e-5
     )
+    name = package[0].__name__.partition(".")[0]
+    holds(f"{name}, {kind}", callback.recorder.record.norms, model.norms[every - 1 :: every])
     findings = {finding.kind for finding in callback.recorder.findings}
     assert findings == ({"clip-by-value"} if kind == "value clip" else set())
     assert same(model, fit(package, **KINDS[kind])[0])
@@ -212,6 +215,8 @@ def test_the_trainer_callback_gives_every_norm_that_the_trainer_knows(
     model, logged = trained(transformers, tmp_path, callback, **options)
     record = callback.recorder.record
     np.testing.assert_allclose(record.norms, logged, rtol=1e-4)
+    kind = "accumulation" if "gradient_accumulation_steps" in options else "clip"
+    holds(f"Hugging Face Trainer, {kind}", record.norms, logged)
     assert record.current == 0.3
     assert callback.recorder.findings == ()
     assert same(model, trained(transformers, tmp_path, **options)[0])
@@ -259,6 +264,7 @@ def test_an_accelerate_loop_gives_the_norm_of_each_accumulated_sum(tmp_path):
     """The prepared optimizer has no hooks of its own; the one inside has."""
     _, recorder, true = accelerated(tmp_path, sound=True)
     np.testing.assert_allclose(recorder.record.norms, true, rtol=1e-5)
+    holds("Accelerate, prepared optimizer, accumulation", recorder.record.norms, true)
     assert recorder.record.metadata["metadata"] == {"gradient_accumulation_steps": 3}
     assert recorder.findings == ()
 

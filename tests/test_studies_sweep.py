@@ -251,6 +251,30 @@ def test_a_clear_win_would_replace_the_default(stored):
     assert table.loc["capped", "replaces p90"] == "yes"
 
 
+def test_the_short_answer_names_what_people_use(stored):
+    """One sentence with the default beside p10, 1.0, no clipping and the packages."""
+    told = rules.answer(rules.regrets(rules.curves(stored)))
+    assert "6 configurations of 2 tasks" in told
+    assert "p90 0.0 % and 25.0 %" in told
+    assert "1.0 12.5 % and 0.0 %" in told
+    assert "no clipping 0.0 % and 100.0 %" in told
+
+
+def test_what_never_learned_is_left_out(stored):
+    """A configuration that failed at every max_norm tells no rule from another, and is named."""
+    for row in stored.rows:
+        if row["study"] == "another" and row["lr"] == 0.3:
+            row |= {"state": "stuck", "values": [10.0, 9.9]}
+    assert rules.hopeless(stored) == ["another SGD 0.3"]
+    assert len(rules.curves(stored)) == 5
+
+
+def test_a_run_too_few_is_named(stored):
+    """A value that was never run is an error that says what to do, and no neighbour's result."""
+    with pytest.raises(LookupError, match=r"not run at 0\.01; run studies/sweep.py again"):
+        rules.curves(stored)[0].column(0.01)
+
+
 def test_interpolation_meets_the_runs(stored):
     """At a value that was run it gives that run, and beyond the last one no clipping."""
     first = rules.curves(stored)[0]
@@ -277,6 +301,16 @@ def test_the_page_is_written_from_the_results(stored, tmp_path):
     assert all(f"]({name}.py)" in page for name in readme.ORDER)
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert (tmp_path / "rules.png").stat().st_size > 1000
+
+
+def test_the_page_shows_the_stored_results():
+    """README.md of the studies is that of the sweep beside it; studies/readme.py writes it."""
+    pytest.importorskip("matplotlib")
+    import readme
+
+    found = rules.curves(sweep.Sweep.load())
+    page = (STUDIES / "README.md").read_text(encoding="utf-8")
+    assert readme.markdown(rules.configurations_table(found)) in page
 
 
 @pytest.mark.parametrize("module", [sweep, rules])

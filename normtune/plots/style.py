@@ -52,7 +52,7 @@ def counts(axis: Axis) -> None:
     """Few ticks, and short ones for large counts: 200k, 1M."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     axis.set_major_formatter(EngFormatter(sep=""))
 
 
