@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +18,14 @@ Relation = Literal["better", "worse", "equal", "undecided"]
 Kind = Literal[1, 2, 3, 4, 5, 6, "none"]
 Floats = npt.NDArray[np.float64]
 
-LEVEL = 0.03  # one-sided, per look: two looks at .03 err in .053 of equal pairs
-# From 40 runs up ten seeds can be reached: three looks, at .01, .03 and .03, err in .057. The first
-# is dear, since a third of the seeds decides little; three looks at .025 err in .060.
+# One-sided errors per look. For "better" and "worse": two looks at .02 err in .036 of equal pairs,
+# and failures and a second question bring a study to .05. From 40 runs up ten seeds, so a third
+# look, can be reached: .01, .02, .02 err in .042; the first is dear, since three seeds decide little.
+LEVEL = 0.02
 FIRST_OF_THREE = 0.01
 THREE_LOOKS_FROM = 40
+# For "equal" and "as good", which a wrong claim harms by one margin only: .07 over two looks.
+LEVEL_EQUAL = 0.04
 MIN_PAIRS = 2  # an sd of differences needs two
 PRIOR_DF = 4  # how far the noise of the other arms may speak for a pair; see studies/LOG.md
 NEAR_BEST_SD = 3.0  # arms further from the best have another noise (DESIGN 4, margin)
@@ -58,7 +62,7 @@ class Comparison:
         as_good: Whether a is shown to be no worse than b by more than the margin.
         b_as_good: Whether b is shown to be no worse than a by more than the margin.
         difference: Mean of a - b over seeds where both finished; nan where there is none.
-        low: Lower end of the interval of `difference`.
+        low: Lower end of the interval of `difference`, at the level of better and worse.
         high: Upper end of it.
         n: Seeds that both arms ran.
         n_finished: Seeds that both finished.
@@ -107,7 +111,7 @@ def compare(
         a: Losses of arm a, one a seed; inf where the run failed.
         b: Losses of arm b over the same seeds.
         margin: The smallest difference that matters, in loss units.
-        level: One-sided error of the interval.
+        level: One-sided error of the interval for better and worse; for equal it is `LEVEL_EQUAL`.
         noise: What the other arms say about the noise of one run.
         identical: Whether the runs are copies of each other, so that nothing is tested.
 
@@ -125,7 +129,8 @@ def compare(
     both = np.isfinite(x) & np.isfinite(y)
     pairs = x[both] - y[both]
     interval = _interval(pairs, level, noise or Noise())
-    relation, reason = _relate(interval, margin, failed_a, failed_b, len(x))
+    near = _interval(pairs, max(level, LEVEL_EQUAL), noise or Noise())
+    relation, reason = _relate(interval, near, margin, failed_a, failed_b, len(x))
     if identical:
         relation, reason = "equal", "identical"
     decided = relation != "undecided"
@@ -133,9 +138,9 @@ def compare(
         relation=relation,
         reason=reason,
         as_good=relation in ("better", "equal")
-        or (interval.high < margin and failed_a <= failed_b + 1 and reason == "quality"),
+        or (near.high < margin and failed_a <= failed_b + 1 and reason == "quality"),
         b_as_good=relation in ("worse", "equal")
-        or (interval.low > -margin and failed_b <= failed_a + 1 and reason == "quality"),
+        or (near.low > -margin and failed_b <= failed_a + 1 and reason == "quality"),
         difference=interval.mean,
         low=interval.low,
         high=interval.high,
@@ -180,13 +185,13 @@ def _t(level: float, df: float) -> float:
 
 
 def _relate(
-    interval: _Interval, margin: float, failed_a: int, failed_b: int, n: int
+    interval: _Interval, near: _Interval, margin: float, failed_a: int, failed_b: int, n: int
 ) -> tuple[Relation, str]:
     need = next(more for seeds, more in MORE_FAILURES if n >= seeds)
     need += bool(failed_a and failed_b)
     if abs(failed_a - failed_b) >= need:
         return ("worse" if failed_a > failed_b else "better"), "reliability"
-    if -margin < interval.low and interval.high < margin:
+    if -margin < near.low and near.high < margin:
         return "equal", "quality"
     if interval.high < 0 and failed_a <= failed_b:
         return "better", "quality"
@@ -223,8 +228,10 @@ def _more_seeds(interval: _Interval, margin: float, level: float) -> int | None:
     if interval.n < MIN_PAIRS or not math.isfinite(interval.sd):
         return None
     for more in range(1, MAX_MORE_SEEDS + 1):
-        half = _t(level, interval.df + more) * interval.sd / math.sqrt(interval.n + more)
-        if half < abs(interval.mean) or abs(interval.mean) + half < margin:
+        error = interval.sd / math.sqrt(interval.n + more)
+        half = _t(level, interval.df + more) * error
+        near = _t(max(level, LEVEL_EQUAL), interval.df + more) * error
+        if half < abs(interval.mean) or abs(interval.mean) + near < margin:
             return more
     return None
 
@@ -354,9 +361,15 @@ class Runs:
         self.all = settle(trials, settings.direction)
         self.fresh = [t for t in self.all if t.stage == "confirm" and t.ended]
         self.arms: Arms = choose_arms(settings, self.all)
+        self._by_arm: dict[Arm, dict[int, Trial]] = {}
 
     def of(self, arm: Arm) -> dict[int, Trial]:
         """The fresh runs of an arm by seed."""
+        if arm not in self._by_arm:
+            self._by_arm[arm] = self._find(arm)
+        return self._by_arm[arm]
+
+    def _find(self, arm: Arm) -> dict[int, Trial]:
         runs = (t for t in self.fresh if same(t.max_norm, arm[0]) and same(t.lr_factor, arm[1]))
         return {t.seed: t for t in sorted(runs, key=lambda t: t.seed)}
 
@@ -364,7 +377,7 @@ class Runs:
         """The losses of an arm by seed; inf where the run failed."""
         return {s: loss_of(t, self.settings.direction) for s, t in self.of(arm).items()}
 
-    @property
+    @cached_property
     def distinct(self) -> tuple[Arm, ...]:
         """The arms with fresh runs, in order of their first appearance in the verdict's table."""
         named = [self.arms.none, self.arms.best, self.arms.suggestion]
@@ -401,7 +414,7 @@ class Runs:
         Where they say nothing, the variance of a single run stands in: with seeds that make arms
         go together it is too large, never too small.
         """
-        arms = self.near_best()
+        arms = self.near_best
         with_pair = [*arms, *(arm for arm in (a, b) if not any(_is(arm, o) for o in arms))]
         squares, df = self._residual(with_pair)
         own_squares, own_df = self._residual([a, b])
@@ -433,7 +446,7 @@ class Runs:
     def single_run_sd(self, arms: Sequence[Arm] | None = None) -> float:
         """Unpaired sd of a single run, pooled over arms; nan below two runs of any arm."""
         squares, df = 0.0, 0
-        for arm in self.near_best() if arms is None else arms:
+        for arm in self.near_best if arms is None else arms:
             values = self._trained(arm)
             if len(values) > 1:
                 squares += (len(values) - 1) * float(np.var(values, ddof=1))
@@ -444,6 +457,7 @@ class Runs:
         runs = self.of(arm)
         return [v for s, v in self.losses(arm).items() if math.isfinite(v) and not runs[s].free]
 
+    @cached_property
     def near_best(self) -> tuple[Arm, ...]:
         """The trained arms whose mean lies within 3 sd of the best one's."""
         means = {arm: float(np.mean(v)) for arm in self.distinct if (v := self._trained(arm))}
@@ -465,7 +479,7 @@ def margin_of(runs: Runs) -> Margin:
     """The margin of a study: the user's, else one sd of a single run over the fresh seeds."""
     asked = runs.settings.margin
     sd = runs.single_run_sd()
-    means = [abs(float(np.mean(runs._trained(arm)))) for arm in runs.near_best()]
+    means = [abs(float(np.mean(runs._trained(arm)))) for arm in runs.near_best]
     scale = means[0] if means else math.nan
     if asked is None:
         value, source = sd, "one sd of a single run"

@@ -234,7 +234,7 @@ def why_nothing(launched: Launched) -> str:
     found = findings_in(folder)
     if found:
         return found[0]
-    return _no_step(orders.marks(folder, orders.OVER), torches)
+    return _no_step(orders.marks(folder, orders.OVER), torches, launched.exit_code or 0)
 
 
 def _no_python(argv: Sequence[str]) -> str:
@@ -253,15 +253,18 @@ def _no_python(argv: Sequence[str]) -> str:
     )
 
 
-def _no_step(over: Mapping[int, str], torches: Mapping[int, str]) -> str:
+def _no_step(over: Mapping[int, str], torches: Mapping[int, str], code: int) -> str:
     """Torch was there, but nothing stepped and no clip function was called."""
     built = 0
     for text in over.values():
         with contextlib.suppress(ValueError, KeyError):
             built += int(json.loads(text)["optimizers"])
+    ended = f"the command ended with exit code {code}" if code else "the command ended"
     if built:
         made = "1 optimizer was" if built == 1 else f"{built} optimizers were"
-        return f"{made} made, but no step was taken before the command ended"
+        return f"{made} made, but no step was taken before {ended}"
+    if code:
+        return f"{ended} before it made an optimizer or called a clip function of torch"
     if not over.keys() & torches.keys():
         return "the processes that imported torch were killed before their first step"
     return (

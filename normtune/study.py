@@ -170,7 +170,6 @@ class StudyConfig(_Strict):
             message = f"train must be file.py:function or package.module:function but got {train!r}"
             raise ValueError(message)
 
-
     def _check_metric(self) -> None:
         if (self.metric is None) == (self.metric_file is None):
             came = "" if self.metric is None else ", but got both"
@@ -261,7 +260,13 @@ class Study:
         return f"sqlite:///{self.folder / match[1]}" if match else given
 
     def threads(self, jobs: int) -> int:
-        """How many threads torch has in one run when `jobs` of them run at a time."""
+        """How many threads torch has in one run when `jobs` of them run at a time.
+
+        A command for which the user has set OMP_NUM_THREADS keeps it.
+        """
+        own = os.environ.get("OMP_NUM_THREADS", "") if self.config.command is not None else ""
+        if own.isdecimal() and int(own) and not self.config.threads:
+            return int(own)
         return self.config.threads or max(1, cores() // jobs)
 
     def fingerprint(self) -> dict[str, Any]:

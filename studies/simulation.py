@@ -348,7 +348,7 @@ def _search_row(name: str, shape: str, regrets: list[list[float]]) -> dict[str, 
         "strategy": name,
         "shape": shape,
         "worlds": n,
-        "within": {k: round(float(within[k - 1]), 3) for k in (6, 8, 10, 12, 15)},
+        "within": {str(k): round(float(within[k - 1]), 3) for k in (6, 8, 10, 12, 15)},
         "se": round(float(np.sqrt(within[11] * (1 - within[11]) / n)), 3),
         "regret": round(float(np.minimum(table[:, 11], FAILED).mean()), 3),
         "median_regret": round(float(np.median(table[:, 11])), 3),
@@ -497,7 +497,7 @@ def target_rows(result: dict[str, Any]) -> list[Row]:
     rows = [
         at_least(
             f"within one sd after 12 runs: {r['shape']}",
-            r["within"][12],
+            r["within"]["12"],
             r["worlds"],
             0.95 if r["shape"] == "all" else 0.90,
         )
@@ -603,6 +603,26 @@ def _words(shares: dict[str, float]) -> str:
     return ", ".join(f"{word} {share:.2f}" for word, share in shares.items())
 
 
+def merged(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The result with what an earlier call measured on as many of the same worlds."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if any(old.get(key) != result[key] for key in ("ranges", "worlds")):
+        return result
+    strategies = {row["strategy"] for row in result.get("search", [])}
+    budgets = {row["budget"] for row in result.get("verdicts", [])}
+    search = [r for r in old.get("search", []) if r["strategy"] not in strategies]
+    verdicts = [r for r in old.get("verdicts", []) if r["budget"] not in budgets]
+    return (
+        old
+        | result
+        | {
+            "search": [*search, *result.get("search", [])],
+            "verdicts": [*verdicts, *result.get("verdicts", [])],
+            "seconds": old.get("seconds", 0) + result["seconds"],
+        }
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tuning", action="store_true", help="worlds that thresholds may see")
@@ -621,11 +641,13 @@ def main() -> None:
         result["verdicts"] = verdict_table(ranges, arguments.worlds, arguments.budgets)
         result["six_seeds"] = six_seeds(ranges, arguments.worlds)
     result["seconds"] = round(time.perf_counter() - start)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        result = merged(arguments.out / "simulation.json", result)
+        (arguments.out / "simulation.json").write_text(json.dumps(result, indent=1) + "\n")
     page = markdown(result)
     print(page)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "simulation.json").write_text(json.dumps(result, indent=1) + "\n")
         (arguments.out / "simulation.md").write_text(page)
 
 

@@ -195,6 +195,13 @@ def test_two_training_threads_have_a_record_each(reside, tmp_path):
         assert len(record.origin.notes) == 4  # the models that followed, a series each
 
 
+def test_the_first_steps_are_written_at_once(reside, tmp_path):
+    """A script that ends by os._exit() or is killed soon has something to suggest from."""
+    reside()
+    train(*model_and_optimizer(), steps=30)
+    assert len(NormRecord.load(records_in(tmp_path)[0])) == 30
+
+
 def test_what_cannot_be_imposed_ends_the_run_with_its_reason(reside, tmp_path):
     """An lr that is computed inside the step cannot be scaled, so the run must not count."""
     reside(lr_factor=0.5)

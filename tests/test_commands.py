@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from typer.testing import CliRunner
 
 from normtune import commands
 from normtune.cli import app
-from normtune.errors import StudyError
+from normtune.controller import _ignored_seed
+from normtune.errors import NormtuneError, StudyError
 from normtune.processes import Child, end_all, first_to_end
+from normtune.recorder import NormRecorder
 from normtune.records import NormRecord
 from normtune.search import Progress, plan_of, record_study, search
 from normtune.study import load_study
@@ -191,6 +194,25 @@ def test_a_record_of_another_arm_does_not_count():
     assert "was scaled by 1 instead of 0.25" in commands.not_imposed(unscaled, task)
 
 
+def test_the_recorder_says_its_rate_or_ends_the_run():
+    """The header is a proof: a step that could not be scaled raises instead of being recorded."""
+    import torch
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    with NormRecorder(optimizer, lr_factor=0.25, max_norm=math.inf) as recorder:
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+        assert recorder.record.metadata["lr_factor"] == 0.25
+    with NormRecorder([parameter], lr_factor=0.25, max_norm=math.inf):
+        for _ in range(3):
+            (parameter * 2).sum().backward()
+            with (
+                contextlib.nullcontext() if _ == 0 else pytest.raises(NormtuneError, match="scale")
+            ):
+                torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+
+
 ORPHAN = (
     "p = subprocess.Popen(['sleep', '300'], start_new_session=True); print('pid', p.pid); {then}"
 )
@@ -297,29 +319,25 @@ def test_crashes_quote_the_last_lines_and_stop_the_study(tmp_path):
 def test_a_run_over_its_time_limit_is_ended_with_all_that_it_started(tmp_path):
     """A crash with its reason; a process in a session of its own is ended too."""
     path = write_study(tmp_path / "study", ORPHAN.format(then="time.sleep(300)"))
-    with pytest.raises(
-        StudyError, match="3 trainings in a row crashed.* took longer than the time"
-    ):
-        search(path, time_limit="1.5 s")
+    with pytest.raises(StudyError, match=r"3 trainings .* took longer than the time limit of 1 s"):
+        search(path, time_limit="1.2 s")
     outputs = [file.read_text() for file in path.parent.glob("s.runs/*/output.txt")]
     pids = re.findall(r"pid (\d+)", "".join(outputs))
     assert len(pids) == 3
     assert all(gone(int(pid)) for pid in pids)
 
 
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({}, r"the command ignores its \{seed\}: seeds 0 and 1 gave the same"),
-        ({"seed_inside": True}, r"sets a seed of its own: .* as in --seed \{seed\}"),
-    ],
-)
-def test_a_command_that_ignores_its_seed_is_refused(tmp_path, keys, said):
+def test_a_command_that_ignores_its_seed_is_refused(tmp_path):
     """Two seeds with the same norms and value; the way out is named."""
-    body = "draw = random.Random(5); norms = [draw.random() for _ in norms]; value = max_norm"
-    path = write_study(tmp_path / "study", body.replace("max_norm", "min(max_norm, 9.0)"), **keys)
-    with pytest.raises(StudyError, match=said):
+    body = "draw = random.Random(5); norms = [draw.random() for _ in norms]; value = min(lr, 9.0)"
+    path = write_study(tmp_path / "study", body, seed_inside=True)
+    study = load_study(path)
+    with pytest.raises(StudyError) as caught:
         search(path, max_runs=12, jobs=2)
+    assert "the command sets a seed of its own: seeds 0 and 1 gave the same" in str(caught.value)
+    assert "as in --seed {seed}" in str(caught.value)
+    given = replace(study, config=study.config.model_copy(update={"seed_inside": False}))
+    assert _ignored_seed(given, "seeds 0 and 1").startswith("the command ignores its {seed}: seeds")
 
 
 def test_a_training_without_a_learning_rate_gets_no_lower_ones(tmp_path):
@@ -340,7 +358,7 @@ def test_a_warm_up_of_a_command_needs_no_value(tmp_path):
 def test_parallel_runs_need_files_of_their_own(tmp_path):
     """A metric file outside of {run_dir} is refused where runs go side by side."""
     path = write_study(tmp_path / "study", metric=None, metric_file="out/m.json:loss")
-    with pytest.raises(StudyError, match="would write over each other's out/m.json:loss"):
+    with pytest.raises(StudyError, match=r"would write over each other's out/m\.json:loss"):
         search(path, jobs=2)
     assert "4 runs at most" in plan_of(path)
 
@@ -349,37 +367,30 @@ def test_parallel_runs_need_files_of_their_own(tmp_path):
 
 KILLER = """
 import os, random, signal, sys, time
-import optuna, sqlalchemy, scipy.stats  # loaded once for all controllers
-import optuna._gp.gp, optuna.samplers
+import optuna, scipy.stats, sqlalchemy  # loaded once for all controllers
 from normtune.search import search
 
-path, n, how = sys.argv[1], int(sys.argv[2]), getattr(signal, sys.argv[3])
-random.seed(n)
-for _ in range(n):
+random.seed(3)
+for i in range(10):
     pid = os.fork()
     if not pid:
         os.setsid()
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        search(path)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        search(sys.argv[1])
         os._exit(0)
-    time.sleep(random.uniform(0.1, 2.0))
-    os.kill(pid, how)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    time.sleep(random.uniform(0.1, 1.5))
+    os.kill(pid, signal.SIGINT if i % 3 == 2 else signal.SIGKILL)
+    os.waitpid(pid, 0)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "n"), [(signal.SIGKILL, 7), (signal.SIGINT, 3)])
-def test_a_controller_that_is_killed_at_random_moments_goes_on(tmp_path, number, n):
+def test_a_controller_that_is_killed_ten_times_at_random_moments_goes_on(tmp_path):
     """Rows 85 and 86: nothing is run twice, nothing is left running, the end is the same."""
     body = "print('pid', os.getpid(), flush=True); time.sleep(0.15); " + ORPHAN.format(then="pass")
     whole = search(write_study(tmp_path / "whole", body))
     path = write_study(tmp_path / "killed", body)
-    subprocess.run(
-        [PYTHON, "-c", KILLER, path, str(n), number.name],
-        check=True, timeout=120, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    subprocess.run([PYTHON, "-c", KILLER, path], check=True, timeout=120)
     outputs = [file.read_text() for file in path.parent.glob("s.runs/*/output.txt")]
     pids = re.findall(r"pid (\d+)", "".join(outputs))
     assert all(gone(int(pid)) for pid in pids)
@@ -467,7 +478,7 @@ WRONG = {
     "no pattern": (["--metric", "val loss ("], "is no regular expression: missing )"),
     "no key": (["--metric-file", "a.json"], "metric_file must be path:key"),
     "no time": (["--metric", METRIC, "--time-limit", "long"], "such as 90 s, 30 min or 2 h"),
-    "another folder": (["--metric", METRIC, "--study", "/tmp/x.yaml"], "must be a file in this"),
+    "another folder": (["--metric", METRIC, "--study", "../x.yaml"], "must be a file in this"),
 }
 
 
@@ -575,18 +586,3 @@ def test_a_hugging_face_trainer_script_is_searched(tmp_path):
     histories = [json.loads(file.read_text())["log_history"] for file in files]
     assert runs == {[row["eval_loss"] for row in h if "eval_loss" in row][-1] for h in histories}
     assert len(histories) == 4
-
-
-@pytest.mark.slow
-def test_a_command_trains_at_the_learning_rate_of_its_arm(tmp_path, capsys):
-    """A factor of 0.25 gives what a quarter of the rate gives, and the record says so."""
-    command = (PYTHON, str(SCRIPTS / "word_model.py"), "--lr", "2.0", "--seed", "{seed}")
-    metric = r"valid ppl +([0-9.]+)"
-    how = {"lr_factor": 0.25, "max_norm": 0.5, "command": command, "metric": metric}
-    outcome = pretended(tmp_path, **how)
-    assert outcome.ending == "finished", outcome.reason
-    printed = by_hand(tmp_path, capsys, "word_model.py", "--lr", 0.5, "--clip", 0.5, "--seed", 3)
-    assert [v for _, v in outcome.values] == [float(v) for v in re.findall(metric, printed)]
-    record = NormRecord.load(tmp_path / "run" / "run.norms.jsonl")
-    assert record.metadata["lr_factor"] == 0.25
-    np.testing.assert_array_equal(record.lr, 2.0)

@@ -354,7 +354,10 @@ OPTIMIZER = "import torch; torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], 
         ([PYTHON, "-I", "-c", "pass"], "was started with -I"),
         (["env", "-i", PYTHON, "-c", "pass"], "with a cleared environment"),
         ([PYTHON, "-c", "pass"], "torch was not imported by its Python process"),
-        ([PYTHON, "-c", OPTIMIZER], "1 optimizer was made, but no step was taken"),
+        (
+            [PYTHON, "-c", f"{OPTIMIZER}; exit(3)"],
+            "no step was taken before the command ended with",
+        ),
     ],
     ids=["no Python", "-I", "env -i", "no torch", "no step"],
 )
@@ -381,6 +384,15 @@ def test_the_marks_of_the_processes_tell_the_reason(kind, text, words, tmp_path)
     for mark, said in ((orders.PYTHON, ""), (orders.TORCH, ""), (kind, text)):
         orders.mark(tmp_path, mark, said)
     assert words in launch.why_nothing(launched)
+
+
+def test_a_command_that_fails_early_is_not_told_of_its_optimizer(tmp_path):
+    """Its own error is the reason."""
+    with Launched(["false"], Orders(tmp_path)) as launched:
+        launched.wait(10)
+    for mark, said in ((orders.PYTHON, ""), (orders.TORCH, ""), (orders.OVER, '{"optimizers": 0}')):
+        orders.mark(tmp_path, mark, said)
+    assert "exit code 1 before it made an optimizer" in launch.why_nothing(launched)
 
 
 def test_steps_without_gradients_are_the_reason_where_they_are(tmp_path):
