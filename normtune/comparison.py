@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 
 # One-sided errors per look. For "better" and "worse": two looks at .02 err in .036 of equal pairs,
 # and failures and a second question bring a study to .05. From 40 runs up ten seeds, so a third
-# look, can be reached: .01, .02, .02 err in .042; the first is dear, since three seeds decide little.
+# look, can be reached: .01, .02, .02 err in .042; three seeds decide little, so spend little.
 LEVEL = 0.02
 FIRST_OF_THREE = 0.01
 THREE_LOOKS_FROM = 40
@@ -130,7 +130,7 @@ def compare(
     pairs = x[both] - y[both]
     interval = _interval(pairs, level, noise or Noise())
     near = _interval(pairs, max(level, LEVEL_EQUAL), noise or Noise())
-    relation, reason = _relate(interval, near, margin, failed_a, failed_b, len(x))
+    relation, reason = _relate(interval, near, margin, (failed_a, failed_b), len(x))
     if identical:
         relation, reason = "equal", "identical"
     decided = relation != "undecided"
@@ -185,8 +185,9 @@ def _t(level: float, df: float) -> float:
 
 
 def _relate(
-    interval: _Interval, near: _Interval, margin: float, failed_a: int, failed_b: int, n: int
+    interval: _Interval, near: _Interval, margin: float, failed: tuple[int, int], n: int
 ) -> tuple[Relation, str]:
+    failed_a, failed_b = failed
     need = next(more for seeds, more in MORE_FAILURES if n >= seeds)
     need += bool(failed_a and failed_b)
     if abs(failed_a - failed_b) >= need:

@@ -154,10 +154,11 @@ def count(sweep: Sweep, all_curves: list[Curve]) -> str:
 
 
 def environment(sweep: Sweep) -> str:
-    """What the last runs were made with."""
+    """What the last runs were made with, and the commits of all."""
     last: Row = sweep.environments[-1]
+    commits = ", ".join(dict.fromkeys(e["commit"] or "unknown" for e in sweep.environments))
     versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
-    return f"{versions} on {last['machine']}, commit {last['commit'] or 'unknown'}, {last['date']}"
+    return f"{versions} on {last['machine']}, {last['date']}; commits: {commits}"
 
 
 def write(sweep: Sweep, folder: Path) -> str:

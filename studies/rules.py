@@ -241,7 +241,7 @@ def rules_table(data: pd.DataFrame) -> pd.DataFrame:
             "searched": percent(*over_tasks(mine)),
             "SGD": percent(over_tasks(mine[mine["optimizer"] == "SGD"])[0]),
             "AdamW": percent(over_tasks(mine[mine["optimizer"] == "AdamW"])[0]),
-            "in sd": f"{mine['in sd'].median():.1f}",
+            "in sd": tenths(mine["in sd"].median()),
             "low": percent(over_tasks(low)[0]),
             "too high": percent(*over_tasks(above)),
             "seeds": seeds_of(data[data["method"] == name]),
@@ -264,10 +264,15 @@ def percent(mean: float, low: float = math.nan, high: float = math.nan) -> str:
     >>> percent(0.123, 0.1, 0.2)
     '12.3 % (10.0 to 20.0)'
     """
-    plain, *ends = (f"{round(100 * share, 1) + 0.0:.1f}" for share in (mean, low, high))
+    plain, *ends = (tenths(100 * share) for share in (mean, low, high))
     if math.isnan(mean):
         return ""
     return f"{plain} %" if math.isnan(low) else f"{plain} % ({' to '.join(ends)})"
+
+
+def tenths(value: float) -> str:
+    """One decimal, and never -0.0."""
+    return f"{round(value, 1) + 0.0:.1f}"
 
 
 def answer(data: pd.DataFrame) -> str:
@@ -407,7 +412,7 @@ def configurations_table(all_curves: list[Curve]) -> pd.DataFrame:
             "best": f"{outcome(c, c.best)} at {number(c.best)}",
             DEFAULT: f"{outcome(c, value)} at {number(value)}",
             "lost": percent(lost / c.range),
-            "in sd": f"{lost / c.sd:.1f}",
+            "in sd": tenths(lost / c.sd),
             "clipped": percent(float(c.clipped[value].mean())),
             "what clipping was good for": purpose(c, all_curves),
         }

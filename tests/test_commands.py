@@ -7,13 +7,11 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from optuna.trial import TrialState
 from small_study import gone, optuna_study

@@ -87,7 +87,7 @@ def test_mirror():
 
 def test_one_side_of_the_margin_is_enough_to_be_as_good():
     """As good asks for no more than: not worse by the margin."""
-    found = compare([1.0, 1.4, 0.8], [1.2, 1.1, 1.3], margin=1.0)
+    found = compare([1.0, 1.4, 0.8], [1.2, 1.1, 1.3], margin=0.9)
     assert found.relation == "undecided"
     assert found.as_good
     assert not found.b_as_good

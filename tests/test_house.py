@@ -19,7 +19,7 @@ FLOORS = [
     {"sources", "orders", "gradients", "doubts", "plots", "tasks", "plan"},
     {"results", "interception", "optimizers", "suggestion", "processes", "ledger", "study", "metrics"},
     {"pairing", "belt", "pictures", "contents"},
-    {"buffer", "pages"},
+    {"buffer", "pages", "watcher"},
     {"recorder"},
     {"run", "baseline", "automatic", "integrations", "launch"},
     {"controller", "commands", "stored"},
