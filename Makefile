@@ -15,6 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[plot,studies,lightning,transformers,accelerate]' --group dev --group bench
+	$(BIN)/python -m pip install --quiet --no-deps aeon==1.6.0  # only its data are read
 	@touch $@
 
 demo: $(READY)  ## Train a character LSTM, record its norms, suggest a max_norm, and prove it (under 5 minutes)

@@ -75,16 +75,13 @@ def _run(task: Task, watched: Path) -> Judgement:
     )
     kills = _kills()
     _adopt_orphans()
+    signal.signal(signal.SIGTERM, _leave)
     try:
-        launched = Launched(
-            task.argv, given, cwd=task.home, environment=environment(task), own_group=False
-        )
+        launched = _await(task, given)
     except NormtuneError as error:
         return "unusable", str(error), ()
-    _end_politely(launched)
-    with launched:
-        _await(launched)
-    _end_descendants()
+    finally:
+        _end_descendants()
     return _judge(task, launched, metric, kills=_kills() - kills)
 
 
@@ -133,25 +130,29 @@ def _adopt_orphans() -> None:
             ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
 
 
-def _end_politely(launched: Launched) -> None:
-    """On SIGTERM end the command and all that it started, sessions of their own included."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        launched.end(GRACE_SECONDS)
-        _end_descendants()
-        os._exit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)
+def _leave(number: int, _: FrameType | None) -> None:
+    """Not from here: what the signal interrupts may be waiting for the command, with a lock."""
+    raise SystemExit(128 + number)
 
 
-def _await(launched: Launched) -> None:
-    while launched.wait(POLL_SECONDS if launched.orders.steps else None) is None:
-        if launched.enough:
-            launched.wait(launch.GRACE_SECONDS)
-            launched.end()
+def _await(task: Task, given: Orders) -> Launched:
+    """The command after its end; where this process is to end, the command is ended, too."""
+    launched = Launched(
+        task.argv, given, cwd=task.home, environment=environment(task), own_group=False
+    )
+    try:
+        while launched.wait(POLL_SECONDS if given.steps else None) is None:
+            if launched.enough:
+                launched.wait(launch.GRACE_SECONDS)
+                launched.end()
+    finally:
+        if launched.exit_code is None:
+            launched.end(GRACE_SECONDS)
+    return launched
 
 
 def _end_descendants() -> None:
+    """What the command left behind, sessions of their own included."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             process.kill()

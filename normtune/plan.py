@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from normtune.arms import choose_arms, clipping_leads, rates, unbracketed
-from normtune.comparison import Runs, Verdict, verdict
+from normtune.comparison import Verdict, verdict
+from normtune.fresh import Runs
 from normtune.surrogate import propose
 from normtune.trials import (
     Arm,
@@ -19,6 +20,7 @@ from normtune.trials import (
     Trial,
     find,
     same,
+    same_arm,
     settle,
     state_of,
 )
@@ -442,20 +444,16 @@ def _known(state: _State, cells: Sequence[tuple[Arm, int]]) -> list[Trial]:
     return [
         t
         for t in state.trials
-        if t.stage != "confirm" or any(t.seed == s and _same_arm(t.arm, a) for a, s in cells)
+        if t.stage != "confirm" or any(t.seed == s and same_arm(t.arm, a) for a, s in cells)
     ]
 
 
 def _distinct_arms(arms: Sequence[Arm | None]) -> list[Arm]:
     kept: list[Arm] = []
     for arm in arms:
-        if arm is not None and not any(_same_arm(arm, other) for other in kept):
+        if arm is not None and not any(same_arm(arm, other) for other in kept):
             kept.append(arm)
     return kept
-
-
-def _same_arm(a: Arm, b: Arm) -> bool:
-    return same(a[0], b[0]) and same(a[1], b[1])
 
 
 def _sentence_arms(state: _State, known: Sequence[Trial], look: int) -> list[Arm]:

@@ -186,6 +186,11 @@ def same(a: float, b: float) -> bool:
     return a == b or math.isclose(a, b, rel_tol=1e-9)
 
 
+def same_arm(a: Arm, b: Arm) -> bool:
+    """Whether two arms are one, up to rounding in a storage."""
+    return same(a[0], b[0]) and same(a[1], b[1])
+
+
 def find(trials: Iterable[Trial], arm: Arm, seed: int) -> Trial | None:
     """The trial of an arm and a seed; None where there is none."""
     return next(

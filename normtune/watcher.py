@@ -182,6 +182,8 @@ class Watcher(ABC):
             newest = events[-1] if events else None
             events = [e for e in events if newest and e.backward < newest.backward]
         if events and self._lr_factor != 1.0:
+            if not keep_last:  # closing
+                return
             raise NormtuneError(NO_RATE)
         for row in self._pairing._rows_of(events):
             self._keep(row, None)

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from normtune.arms import choose_arms, clipping_leads
-from normtune.comparison import Runs, Verdict, margin_of, verdict
+from normtune.comparison import Verdict, verdict
+from normtune.fresh import Runs, margin_of
 from normtune.plan import Planned, Settings, Trial, free_from, next_runs
 
 SHAPES = (

@@ -296,14 +296,16 @@ def test_a_metric_that_never_appears_stops_after_the_first_run(tmp_path):
     assert len(optuna_study(path).trials) == 1
 
 
-def test_diverged_unclipped_runs_are_results(tmp_path):
-    """Rows 80 and 81: the worst value and marked, never NaN; the search goes on."""
-    path = write_study(tmp_path / "study", "value = math.nan if max_norm > 5 else value")
+def test_diverged_runs_are_results_and_a_rate_that_is_not_there_is_told(tmp_path):
+    """Rows 80 and 81: the worst value and marked, never NaN. A hand-written update has no rate."""
+    path = write_study(tmp_path / "study", "lr = None; value = math.nan if max_norm > 5 else value")
     result = search(path)
     trial = optuna_study(path).trials[0]
     assert (trial.state, trial.value) == (TrialState.COMPLETE, math.inf)
     assert trial.user_attrs["diverged"] is True
     assert result.trials[1].state == "finished"
+    assert result.settings.lr_runs == 0
+    assert any("no lower learning rate is tried" in note for note in result.notes)
 
 
 def test_crashes_quote_the_last_lines_and_stop_the_study(tmp_path):
@@ -336,13 +338,6 @@ def test_a_command_that_ignores_its_seed_is_refused(tmp_path):
     assert "as in --seed {seed}" in str(caught.value)
     given = replace(study, config=study.config.model_copy(update={"seed_inside": False}))
     assert _ignored_seed(given, "seeds 0 and 1").startswith("the command ignores its {seed}: seeds")
-
-
-def test_a_training_without_a_learning_rate_gets_no_lower_ones(tmp_path):
-    """A hand-written update cannot be scaled: said once, and the runs go elsewhere."""
-    result = search(write_study(tmp_path / "study", "lr = None"))
-    assert result.settings.lr_runs == 0
-    assert any("no lower learning rate is tried" in note for note in result.notes)
 
 
 def test_a_warm_up_of_a_command_needs_no_value(tmp_path):

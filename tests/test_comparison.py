@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from normtune.comparison import (
-    LEVEL,
-    LEVEL_EQUAL,
-    Noise,
-    Runs,
-    compare,
-    format_verdict,
-    level_of,
-    margin_of,
-    share_interval,
-    verdict,
-)
+from normtune.comparison import format_verdict, verdict
+from normtune.fresh import Runs, level_of, margin_of
+from normtune.paired import LEVEL, LEVEL_EQUAL, Noise, compare, share_interval
 from normtune.trials import Settings, Trial
 
 INF = math.inf
@@ -111,6 +102,11 @@ def test_identical_runs_are_not_tested():
     """Copies of each other are equal, whatever the margin."""
     found = compare([1.0, 2.0], [1.0, 2.0], margin=1e-9, identical=True)
     assert (found.relation, found.reason, found.as_good) == ("equal", "identical", True)
+
+
+def test_runs_that_end_alike_to_the_last_bit_are_identical():
+    """Where every trained pair is exactly equal there is nothing to test either."""
+    assert compare([1.0, 2.0], [1.0, 2.0], margin=math.nan).reason == "identical"
 
 
 def test_arms_of_different_length_are_refused():
@@ -241,6 +237,13 @@ def test_failures_decide_before_quality():
     row = found.arms[0]
     assert (row.label, row.failed, row.seeds) == ("no clipping", 3, 3)
     assert math.isnan(row.mean)
+
+
+def test_where_every_run_fails_it_says_what_to_do():
+    """Neither arm ever finished: no seeds would help, a lower rate might."""
+    found = verdict(SETTINGS, [*explored(), *fresh({N: None, C: None}, 3)])
+    assert found.kind == 6
+    assert "every run failed, with max_norm 0.3 and without clipping" in found.sentence
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ HOUSE = Path(__file__).parent.parent / "normtune"
 # Lower floors first; a room imports from lower floors only.
 FLOORS = [
     {"errors", "statistics", "findings", "trials", "shares", "format"},
-    {"markup", "terminal", "surrogate"},
+    {"markup", "terminal", "surrogate", "paired"},
     {"arms"},
+    {"fresh"},
+    {"sentences"},
     {"records", "ranks", "rules", "comparison", "learning_rates"},
     {"sources", "orders", "gradients", "doubts", "plots", "tasks", "plan"},
     {"results", "interception", "optimizers", "suggestion", "processes", "ledger", "study", "metrics"},
