@@ -18,9 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
-import psutil
 
-from normtune import launch, orders
+from normtune import launch, orders, processes
 from normtune.errors import NormtuneError
 from normtune.launch import Launched
 from normtune.metrics import Metric, MetricError, Value, quoted
@@ -81,7 +80,7 @@ def _run(task: Task, watched: Path) -> Judgement:
     except NormtuneError as error:
         return "unusable", str(error), ()
     finally:
-        _end_descendants()
+        processes.end_descendants()
     return _judge(task, launched, metric, kills=_kills() - kills)
 
 
@@ -149,13 +148,6 @@ def _await(task: Task, given: Orders) -> Launched:
         if launched.exit_code is None:
             launched.end(GRACE_SECONDS)
     return launched
-
-
-def _end_descendants() -> None:
-    """What the command left behind, sessions of their own included."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            process.kill()
 
 
 def _kills() -> int:

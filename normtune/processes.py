@@ -153,12 +153,12 @@ def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        _end_descendants()
+        end_descendants()
         os.killpg(0, signal.SIGKILL)
 
 
-def _end_descendants() -> None:
-    """Those in sessions of their own too, such as the workers of torchrun."""
+def end_descendants() -> None:
+    """End all that this process started, sessions of their own (torchrun's workers) included."""
     import psutil
 
     with contextlib.suppress(psutil.Error):

@@ -375,6 +375,52 @@ def reading(rounds: int) -> dict[str, float]:
     }
 
 
+def logs(rounds: int) -> dict[str, float]:
+    """Logs of other tools with 1,000,000 lines against pandas, or against plain line reading."""
+    import pandas as pd
+
+    from normtune import sources
+
+    norms = np.random.default_rng(0).lognormal(size=1_000_000).tolist()
+
+    def lines_of(path: Path) -> int:
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        csv, jsonl, text = folder / "log.csv", folder / "log.jsonl", folder / "train.log"
+        csv.write_text(
+            "step,loss,grad_norm\n" + "".join(f"{i},2.5,{x}\n" for i, x in enumerate(norms))
+        )
+        rows = (f'{{"step": {i}, "loss": 2.5, "grad_norm": {x}}}\n' for i, x in enumerate(norms))
+        jsonl.write_text("".join(rows))
+        text.write_text(
+            "".join(
+                f"step {i} | loss: 2.5000 | norm: {x:.4f} | dt: 1.2ms\n"
+                for i, x in enumerate(norms)
+            )
+        )
+        timed = in_turn(
+            {
+                "csv": lambda: sources.read(csv),
+                "pandas csv": lambda: pd.read_csv(csv),
+                "jsonl": lambda: sources.read(jsonl),
+                "pandas jsonl": lambda: pd.read_json(jsonl, lines=True),
+                "text": lambda: sources.read(text),
+                "lines": lambda: lines_of(text),
+            },
+            rounds,
+            0.0,
+        )
+    return {
+        "CSV / pandas.read_csv": timed["csv"] / timed["pandas csv"],
+        "JSONL / pandas.read_json": timed["jsonl"] / timed["pandas jsonl"],
+        "text / reading its lines": timed["text"] / timed["lines"],
+        "seconds of the text": timed["text"],
+    }
+
+
 # --- all of it ---------------------------------------------------------------------------------
 
 TARGETS = {
@@ -428,6 +474,7 @@ def main() -> None:
         "memory": memory_growth,
         "start": lambda: start_up(args.rounds),
         "reading 1,000,000 steps": lambda: reading(min(args.rounds, 3)),
+        "logs of 1,000,000 lines": lambda: logs(min(args.rounds, 2)),
     }.items():
         found[title] = function()
         show(title, found[title])

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from normtune import commands
 from normtune.cli import app
 from normtune.controller import _ignored_seed
-from normtune.errors import NormtuneError, StudyError
+from normtune.errors import NormtuneError, StudyError, SuggestionError
 from normtune.processes import Child, end_all, first_to_end
 from normtune.recorder import NormRecorder
 from normtune.records import NormRecord
@@ -306,6 +306,13 @@ def test_diverged_runs_are_results_and_a_rate_that_is_not_there_is_told(tmp_path
     assert result.trials[1].state == "finished"
     assert result.settings.lr_runs == 0
     assert any("no lower learning rate is tried" in note for note in result.notes)
+
+
+def test_norms_without_a_range_end_the_study_in_one_line(tmp_path):
+    """Row 94: zeros and what is not finite give no bounds, nor does a gentle warm-up of them."""
+    path = write_study(tmp_path / "study", "norms = [0.0, math.inf] * 20")
+    with pytest.raises(SuggestionError, match="finite"):
+        search(path)
 
 
 def test_crashes_quote_the_last_lines_and_stop_the_study(tmp_path):

@@ -408,6 +408,112 @@ ROWS = {
             "test_recorder.py::test_a_live_record_can_be_read_at_any_moment",
         ],
     ),
+    "80": (
+        "diverged runs",
+        [
+            "test_controller.py::test_a_diverged_run_is_a_result",
+            "test_ledger.py::test_a_diverged_run_is_the_worst",
+            "test_commands.py::test_diverged_runs_are_results_and_a_rate_that_is_not_there_is_told",
+            "test_metrics.py::test_a_pattern_for_digits_finds_what_is_not_finite",
+        ],
+    ),
+    "81": (
+        "infinite values",
+        [
+            "test_controller.py::test_a_diverged_run_is_a_result",
+            "test_metrics.py::test_a_value_that_is_not_finite_counts_only_at_the_end",
+        ],
+    ),
+    "82": (
+        "an exception in a run",
+        [
+            "test_controller.py::test_three_crashes_in_a_row_stop_the_study",
+            "test_commands.py::test_crashes_quote_the_last_lines_and_stop_the_study",
+        ],
+    ),
+    "83": (
+        "out of memory",
+        [
+            "test_commands.py::test_what_becomes_of_a_run",
+        ],
+    ),
+    "84": (
+        "SystemExit in a run",
+        [
+            "test_commands.py::test_what_becomes_of_a_run",
+        ],
+    ),
+    "85": (
+        "Ctrl-C",
+        [
+            "test_search.py::test_a_killed_study_ends_like_one_that_was_not",
+            "test_commands.py::test_a_controller_that_is_killed_ten_times_at_random_moments_goes_on",
+        ],
+    ),
+    "93": (
+        "another study file",
+        [
+            "test_search.py::test_a_changed_study_is_refused",
+            "test_commands.py::test_a_changed_script_is_refused",
+            "test_study.py::test_fingerprint_sees_the_training",
+        ],
+    ),
+    "94": (
+        "bounds from bad norms",
+        [
+            "test_commands.py::test_norms_without_a_range_end_the_study_in_one_line",
+            "test_baseline.py::test_the_range_reaches_below_the_norms_and_up_to_the_largest",
+            "test_controller.py::test_an_unclipped_run_that_dies_early_gets_a_gentle_warm_up",
+        ],
+    ),
+    "96": (
+        "YAML",
+        [
+            "test_study.py::test_a_fault_is_one_line_with_its_place",
+            "test_study.py::test_scalars_mean_what_they_look_like",
+            "test_study.py::test_aliases_cannot_grow",
+            "test_commands.py::test_everything_of_a_command_line_comes_back_from_its_study",
+        ],
+    ),
+    "97": (
+        "pickle",
+        [
+            "test_security.py::test_nothing_that_is_read_is_run",
+        ],
+    ),
+    "98": (
+        "commands and shells",
+        [
+            "test_commands.py::test_only_the_two_tokens_are_replaced_and_no_shell_is_asked",
+            "test_security.py::test_nothing_that_is_read_is_run",
+        ],
+    ),
+    "99": (
+        "passwords in storage URLs",
+        [
+            "test_ledger.py::test_no_password_in_any_text",
+            "test_security.py::test_a_storage_that_fails_never_shows_its_password",
+            "test_commands.py::test_the_environment_of_a_run",
+        ],
+    ),
+    "100": (
+        "tracebacks with locals",
+        [
+            "test_security.py::test_no_traceback_shows_local_variables",
+        ],
+    ),
+    "102": (
+        "rich markup",
+        [
+            "test_security.py::test_names_reach_the_progress_of_a_terminal_as_they_are",
+        ],
+    ),
+    "103": (
+        "control characters",
+        [
+            "test_cli.py::test_control_characters_never_reach_the_terminal",
+        ],
+    ),
 }
 
 

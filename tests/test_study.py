@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from normtune.errors import StudyError
-from normtune.study import MAX_BYTES, load_study
+from normtune.study import MAX_BYTES, cores, load_study
 
 
 @pytest.fixture
@@ -64,6 +64,26 @@ def test_a_command_is_understood(write):
     assert study.config.command == ("python", "t.py", "{seed}")
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("1.5", 1.5), ("30 min", 1800), ("2h", 7200)]
+)
+def test_a_time_limit_in_seconds_or_words(write, text, seconds):
+    """A bare number is seconds."""
+    study = load_study(write(f"train: a.py:train\nsearch: {{time_limit: {text}}}\n"))
+    assert study.config.search.time_limit == seconds
+
+
+def test_threads_of_a_command_are_the_users_own(write, monkeypatch):
+    """OMP_NUM_THREADS of the shell holds for a command; cores are divided without it."""
+    keys = "command: [x, '{seed}']\nmetric: 'l (.)'\n"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert load_study(write(keys)).threads(2) == 3
+    assert load_study(write(keys + "threads: 5\n")).threads(2) == 5
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert load_study(write(keys)).threads(1) == cores()
+    assert load_study(write("train: a.py:train\n")).threads(cores()) == 1
+
+
 FAULTS = {
     "unknown key": ("train: a.py:train\nserch: {}\n", "s.yaml:2: serch: unknown key; did you mean"),
     "unknown nested key": (
@@ -101,6 +121,34 @@ FAULTS = {
     "no training": ("rule: p90\n", "needs either train:"),
     "two trainings": ("train: a.py:train\ncommand: [x]\nmetric: y\n", "but got both"),
     "a command without metric": ("command: [x]\n", "a command needs metric:"),
+    "two metrics": (
+        "command: [x]\nmetric: (.)\nmetric_file: a:b\n",
+        "json:eval_loss', but got both",
+    ),
+    "a metric without group": (
+        "command: [x]\nmetric: loss\n",
+        "needs parentheses around the number",
+    ),
+    "a metric that is no pattern": (
+        "command: [x]\nmetric: (\n",
+        "is no regular expression: missing )",
+    ),
+    "a file without key": ("command: [x]\nmetric_file: a.json\n", "metric_file must be path:key"),
+    "a command without seed": ("command: [x]\nmetric: (.)\n", "each run needs a seed of its own"),
+    "params of a command": (
+        "command: [x]\nmetric: (.)\nseed_inside: true\nparams: {lr: 1}\n",
+        "params: is for a train function",
+    ),
+    "a shorter command": (
+        "command: [x]\nmetric: (.)\nseed_inside: true\nsearch: {explore_fraction: 0.5}\n",
+        "search.explore_fraction: is for a train function",
+    ),
+    "a seed for a function": ("train: a.py:train\nseed_inside: true\n", "draws from run.seed"),
+    "a time in words": (
+        "train: a.py:train\nsearch: {time_limit: an hour}\n",
+        "s.yaml:2: search.time_limit: must be a time such as 90 s, 30 min or 2 h but got",
+    ),
+    "no time at all": ("train: a.py:train\nsearch: {time_limit: 0 s}\n", "greater than 0"),
     "a metric for a function": ("train: a.py:train\nmetric: x\n", "run.report(value)"),
     "no function": ("train: a.py\n", "file.py:function or package.module:function but got 'a.py'"),
     "no such file": ("train: b.py:train\n", "s.yaml:1: train: no such file:"),

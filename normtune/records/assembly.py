@@ -164,7 +164,7 @@ def _assemble(
     imposed = [d["imposed"] for _, d in rows.details if "imposed" in d]
     if imposed:
         metadata["imposed"] = True if imposed[-1] else None
-    if len(last) < len(steps):
+    if not isinstance(last, slice):
         notes += (f"{len(steps) - len(last)} repeated steps: the later attempt counts",)
     return NormRecord(
         steps=steps[last],
@@ -177,10 +177,10 @@ def _assemble(
     )
 
 
-def _last_of_each(steps: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
-    """Positions that keep the last row of each step, ordered by step."""
-    if len(steps) < 2 or np.all(np.diff(steps) > 0):
-        return np.arange(len(steps))
+def _last_of_each(steps: npt.NDArray[np.int64]) -> npt.NDArray[np.intp] | slice:
+    """What keeps the last row of each step, ordered by step; a slice where that is every row."""
+    if len(steps) < 2 or np.all(steps[1:] > steps[:-1]):
+        return slice(None)
     _, first_from_end = np.unique(steps[::-1], return_index=True)
     return len(steps) - 1 - first_from_end
 
