@@ -757,7 +757,7 @@ def duck(watch, clip):
         def __init__(self, parameters):
             self.param_groups = [{"params": list(parameters), "lr": 0.05}]
 
-        def zero_grad(self, *, set_to_none=True):
+        def zero_grad(self, *, set_to_none=True):  # noqa: ARG002  an optimizer has it
             for p in self.param_groups[0]["params"]:
                 p.grad = None
 

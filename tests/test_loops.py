@@ -161,7 +161,7 @@ def test_a_given_up_batch_is_a_skipped_row():
 
 
 def test_a_copied_model_does_not_drag_its_recorder_along():
-    """deepcopy and pickle of a watched model still work, and the copy is not watched."""
+    """Deepcopy and pickle of a watched model still work, and the copy is not watched."""
     case = next(c for c in loops.CASES if c.loop is loops.plain)
     model = run(case)[0]
     assert same(copy.deepcopy(model), model)

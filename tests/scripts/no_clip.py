@@ -21,7 +21,7 @@ def test():
     model.train()
 
 
-for epoch in range(4):
+for _ in range(4):
     rows = list(range(240))
     random.shuffle(rows)
     for i in range(0, 240, 16):

@@ -8,12 +8,13 @@ import signal  # noqa: F401  for the statement of the second argument
 import subprocess  # noqa: F401
 import sys
 import time  # noqa: F401
+from pathlib import Path
 
 orders = json.loads(os.environ["NORMTUNE_ORDERS"])
 run = os.environ["NORMTUNE_RUN"]
 seed = orders["seed"] if orders["seed"] is not None else int(sys.argv[1])
 max_norm, lr = float(orders["max_norm"]), 0.1
-draw = random.Random(seed)
+draw = random.Random(seed)  # noqa: S311
 norms = [draw.lognormvariate(0.0, 0.5) for _ in range(40)]
 value = 1.0 + 0.1 * math.log(min(max_norm, 3.0)) ** 2 + 0.01 * draw.random()
 said = {"lr_factor": orders["lr_factor"]} if orders["lr_factor"] != 1 else {}
@@ -29,7 +30,7 @@ def record():
     for row in rows:
         if not math.isfinite(row["norm"]):
             row |= {"norm": None, "kind": "nan"}
-    with open(os.path.join(run, f"rank0-{os.getpid()}.norms.jsonl"), "w") as file:
+    with Path(run, f"rank0-{os.getpid()}.norms.jsonl").open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in [head, *rows])
 
 
