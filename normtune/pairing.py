@@ -266,7 +266,10 @@ class Pairing:
         """No backward pass stands between the last step and this clip call."""
         if _earlier_line(site, self.step_site):
             self._before_backward(site)
-            return
+        else:
+            self._after_step(site)
+
+    def _after_step(self, site: str) -> None:
         self._report("clip-after-step", site)
 
     def _before_backward(self, site: str) -> None:
@@ -502,8 +505,13 @@ class Pairing:
         """The clip call saw other gradients than the step uses."""
         for event in events:
             self.events.remove(event)
-        if events:
-            self._before_backward(events[-1].series.name)
+        if not events:
+            return
+        site = events[-1].series.name
+        if _earlier_line(self.step_site, site):  # seen before the backward passes were counted
+            self._after_step(site)
+        else:
+            self._before_backward(site)
 
     def _backward_after_clip(self, events: list[Event]) -> None:
         last = events[-1]
