@@ -13,6 +13,8 @@ from normtune.recorder import NormRecorder
 from normtune.records import NormRecord
 from normtune.suggestion import suggest
 
+pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # on a GPU
+
 
 def run(case, *, max_norm=None, clip=loops.CLIP, watched=True):
     """The loop once: its model, true norms, its recorder, and the RNG state at its end."""
