@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normtune import interception, optimizers, orders, ranks, records
+from normtune import gradients, interception, optimizers, orders, ranks, records
+from normtune.divergence import Divergence
 from normtune.errors import NormtuneError
 from normtune.interception import COMPILED, ClipCall
 from normtune.orders import Orders
@@ -76,12 +78,29 @@ def _reference(item: Any) -> Any:
         return lambda: item
 
 
+@dataclass(eq=False)
+class _Trained:
+    """What an optimizer of a class has trained, in the series of a name."""
+
+    kind: str
+    parameters: _Weakly
+    name: str
+
+    def same_as(self, other: _Trained) -> bool:
+        """Whether the same parameters, not only others at their addresses, are trained alike."""
+        mine, its = list(self.parameters), list(other.parameters)
+        same = len(mine) == len(its) and all(p is q for p, q in zip(mine, its, strict=True))
+        return same and self.kind == other.kind
+
+
 class _Recorder(NormRecorder):
     """A recorder that keeps nothing alive and tells its resident of every step."""
 
     resident: _Resident | None = None
+    divergence: Divergence | None = None
 
     def __init__(self, target: Any, path: Path, **options: Any) -> None:
+        self._known_names: list[_Trained] = []
         super().__init__(target, path, **options)
         self._optimizers = _Weakly(self._optimizers)
         self._parameters = _Weakly(self._parameters)
@@ -91,12 +110,26 @@ class _Recorder(NormRecorder):
         """Take on what a later part of the script trains."""
         if not any(True for _ in self._parameters):  # the models so far are gone, and their hooks
             self._pairing.forget_all()
+            self._known_names.clear()
         for target in optimizer if isinstance(optimizer, list) else [optimizer]:
             self._pairing.forget(target)
             self._names.pop(id(target), None)
             for rest in (False, True):
                 self._own.pop((id(target), rest), None)
         super().add(optimizer)
+
+    def _name(self, found: Sequence[Any]) -> None:
+        """An optimizer that a script makes anew for the same parameters goes on with the series."""
+        super()._name(found)
+        for optimizer in found:
+            name, kind = self._names[id(optimizer)], optimizers.name_of(optimizer)
+            known = _Trained(kind, _Weakly(optimizers.parameters(optimizer)), name)
+            before = [k for k in self._known_names if k.same_as(known)]
+            if before and self.resident is not None and self.resident.rebuilt(optimizer):
+                self._names[id(optimizer)] = before[-1].name
+                self._taken.discard(name)
+            else:
+                self._known_names.append(known)
 
     def step_ends(self, optimizer: Any) -> None:
         super().step_ends(optimizer)
@@ -107,6 +140,12 @@ class _Recorder(NormRecorder):
         super().clip_ends(call)
         if self.resident is not None and not self.steps_begun:
             self.resident.stepped(self)
+
+    def _arrived(self, norms: Sequence[tuple[str, float]]) -> None:
+        why = self.divergence.saw(norms) if self.divergence is not None else ""
+        if why and self.resident is not None:
+            self.divergence = None
+            self.resident.diverged(why)
 
     def _path_of_rank(self, path: Any) -> Path:
         return Path(path)  # it names the rank already
@@ -140,7 +179,8 @@ class _Resident:
         self._orders = given
         self._recorders: list[_Recorder] = []
         self._of_thread = threading.local()  # what two threads train must not meet in one recorder
-        self._built: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        # Each optimizer, and how many steps were taken before it was made.
+        self._built: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._n_built = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.RLock()
@@ -202,6 +242,8 @@ class _Resident:
             metadata=given.metadata,
         )
         recorder.resident = self
+        if given.stop_diverged:
+            recorder.divergence = Divergence(lambda: not gradients.all_finite(recorder._parameters))
         self._recorders.append(recorder)
         return recorder
 
@@ -235,7 +277,13 @@ class _Resident:
     def _count(self, optimizer: Optimizer) -> None:
         self._n_built += 1
         with suppress(TypeError):  # an optimizer that cannot be hashed or referred to weakly
-            self._built.add(optimizer)
+            self._built[optimizer] = self.recorder.steps_begun if self.recorder else 0
+
+    def rebuilt(self, optimizer: Any) -> bool:
+        """Whether it was made after others had stepped."""
+        with suppress(TypeError):
+            return self._built.get(optimizer, 0) > 0
+        return False
 
     # --- the end
 
@@ -250,6 +298,10 @@ class _Resident:
         enough = self._orders.steps
         if enough and recorder.n_steps >= enough:
             self._end()
+
+    def diverged(self, why: str) -> None:
+        """Say so; the parent ends the command, of which this may be one rank of many."""
+        orders.mark(self._orders.folder, orders.DIVERGED, why)
 
     def _end(self) -> None:
         """End this process as sys.exit() would; one that goes on in spite of it is left at once."""

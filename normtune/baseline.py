@@ -7,6 +7,7 @@ import math
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from normtune import statistics
 from normtune.doubts import is_adaptive
 from normtune.errors import RecordError
-from normtune.records import NormRecord
+from normtune.records import SCHEDULE, NormRecord
 from normtune.tasks import RECORD
 from normtune.trials import Settings
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # The range of the search (DESIGN 4): acceptable values of all tasks tried lay within it.
 BELOW_MEDIAN, BELOW_SMALLEST, BELOW_SMALLEST_ADAPTIVE, ABOVE_MEDIAN = 100.0, 30.0, 4.0, 10.0
+LEAST_NORMS = 30  # of a first quarter
 
 
 def settings_from(
@@ -54,6 +56,7 @@ def settings_from(
         adaptive=is_adaptive(optimizer),
         half_precision=str(warmup.metadata.get("dtype")) in ("float16", "bfloat16"),
         explore_fraction=search.explore_fraction,
+        min_seeds=search.min_seeds,
         lr=float(rates.max()) if len(rates) else None,
     )
 
@@ -61,18 +64,22 @@ def settings_from(
 def search_range(norms: Any, *, largest: float, adaptive: bool) -> tuple[float, float]:
     """Where a max_norm is searched: the smallest and the largest value.
 
+    Norms mostly fall, so that 10 x the median of a whole run may lie below all that mattered while
+    it learned: the median of the first quarter counts as well.
+
     Args:
-        norms: Positive unclipped norms of the warm-up.
+        norms: Positive unclipped norms of the warm-up, in their order.
         largest: The largest finite norm of the whole unclipped run.
         adaptive: Whether the optimizer is Adam-like.
 
     >>> search_range([1.0, 2.0, 3.0], largest=50.0, adaptive=False)
     (0.02, 20.0)
     """
-    median, smallest = float(np.median(norms)), float(np.min(norms))
+    quarter = max(len(norms) // 4, min(LEAST_NORMS, len(norms)))
+    medians = float(np.median(norms)), float(np.median(norms[:quarter]))
     below = BELOW_SMALLEST_ADAPTIVE if adaptive else BELOW_SMALLEST
-    low = min(median / BELOW_MEDIAN, smallest / below)
-    return low, max(min(largest, ABOVE_MEDIAN * median), median)
+    low = min(min(medians) / BELOW_MEDIAN, float(np.min(norms)) / below)
+    return low, max(min(largest, ABOVE_MEDIAN * max(medians)), *medians)
 
 
 def load_record(folder: Path) -> NormRecord | None:
@@ -124,9 +131,10 @@ def same_until_clipped(base: NormRecord, own: NormRecord, max_norm: float) -> bo
     return np.array_equal(base.norms[:end], own.norms[:end], equal_nan=True)
 
 
-def first_steps(record: NormRecord, n: int) -> NormRecord:
-    """The first `n` steps of a record."""
+def first_steps(record: NormRecord, n: int | None) -> NormRecord:
+    """The first `n` steps of a whole run, all without `n`; they know how long the schedule is."""
     arrays = ("steps", "norms", "max_norm", "lr", "skipped", "belted")
     groups = {name: values[:n] for name, values in record.groups.items()}
     cut = {name: getattr(record, name)[:n] for name in arrays}
-    return replace(record, groups=groups, **cut)
+    metadata = MappingProxyType({**record.metadata, SCHEDULE: len(record)})
+    return replace(record, groups=groups, metadata=metadata, **cut)

@@ -19,7 +19,7 @@ from normtune.records import FileStore, Finding, MemoryStore, Row
 SURE_AFTER = 3  # times that a finding must be seen before it forbids a suggestion
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Pending:
     """A measured step whose values may still be on the device."""
 
@@ -31,7 +31,7 @@ class Pending:
     imposed: bool = False
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class _Value:
     """A pending step's values on the host."""
 
@@ -67,6 +67,7 @@ class Buffer:
         self._declared: set[str] = set()
         self._default = ""
         self._written: dict[tuple[str, str], float] = {}
+        self._said: dict[str, tuple[object, ...]] = {}
         self._told: dict[tuple[str, str], int] = {}
         self._imposed = False
 
@@ -90,14 +91,25 @@ class Buffer:
         step = self.counts[name] = self.counts.get(name, self.start) + 1
         self._waiting.append(Pending(measured, step, max_norm, lr, belted, imposed))
 
-    def flush(self) -> None:
-        """Read the waiting values in one go and hand the rows to the store."""
+    def flush(self) -> list[tuple[str, float]]:
+        """Read the waiting values in one go and hand the rows to the store.
+
+        Returns:
+            (series, norm) of each step that was taken, but not what an engine gave: it may have
+            left out the step by itself.
+        """
         pending, self._waiting = self._waiting, []
         if not pending:
-            return
+            return []
         if self._pid != os.getpid():  # a forked child that trains has a store of its own
             self.restart(self.store.branch())
-        self._write(pending, _values(pending))
+        values = _values(pending)
+        self._write(pending, values)
+        return [
+            (item.measured.series.name, value.norm)
+            for item, value in zip(pending, values, strict=True)
+            if not value.skipped and item.measured.series.by != "given"
+        ]
 
     def tell(self, findings: dict[tuple[str, str], Finding], *, last: bool) -> None:
         """Hand findings to the store, each when it is new, when it is sure, and at the end."""
@@ -126,6 +138,11 @@ class Buffer:
         self.store.rows(rows)
 
     def _row(self, item: Pending, value: _Value, name: str, *, several: bool) -> Row:
+        said = (item.max_norm, item.lr, item.measured.asked, item.imposed)
+        more = value.skipped or item.belted or value.each or several
+        if self._said.get(name) == said and item.imposed == self._imposed and not more:
+            return Row(item.step, value.norm)  # nearly every step
+        self._said[name] = said
         extra: dict[str, object] = {}
         if several and name != self._default:
             extra["series"] = name
@@ -186,6 +203,10 @@ if hasattr(os, "register_at_fork"):
 
 def _values(pending: Sequence[Pending]) -> list[_Value]:
     """Bring the waiting values to the host: one read per device, none for the CPU."""
+    if all(type(i.measured.norm) is float and i.measured.skipped is False for i in pending) and all(
+        i.measured.each is None for i in pending
+    ):
+        return [_Value(i.measured.norm, False, None) for i in pending]  # type: ignore[arg-type]
     tensors: list[Tensor] = []
     for item in pending:
         m = item.measured

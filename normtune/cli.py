@@ -349,14 +349,17 @@ def search(
         int | None, typer.Option(help="How many trainings may run in all, instead of the file's.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="How many run at a time, instead of the file's.")
+        int | None,
+        typer.Option(
+            help="How many run at a time on this machine, instead of the file's; 0 leaves them all "
+            "to normtune worker."
+        ),
     ] = None,
     storage: Annotated[
         str | None,
         typer.Option(
-            envvar="NORMTUNE_STORAGE",
-            show_envvar=True,
-            help="An Optuna storage URL; a SQLite file beside the study file without.",
+            help="An Optuna storage URL; without it the study file's, then that of the environment "
+            "variable NORMTUNE_STORAGE, then a SQLite file beside the study file."
         ),
     ] = None,
     plan: Annotated[
@@ -438,6 +441,58 @@ def _asked_study(
     return study, lambda: save_study(study, plain)
 
 
+# --- worker ------------------------------------------------------------------------------------
+
+
+@app.command()
+@_one_line
+def worker(
+    study: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[STUDY]",
+            help="The study file on this machine; without it the path that the search had.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="The storage URL of the study, on a server; better by the environment variable "
+            "NORMTUNE_STORAGE, since every user of a machine can see its command lines."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--study", help="The name of the study, where no study file is given."),
+    ] = None,
+    wait: Annotated[
+        str | None,
+        typer.Option(
+            help='End after so long with nothing to train: seconds, or "30 min"; without it when '
+            "the study is done."
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what the trainings print.")
+    ] = False,
+) -> None:
+    """Train the runs of a study that a normtune search on another machine plans, one at a time.
+
+    It ends by itself when the study is done. Ctrl-C and SIGTERM give the run back.
+    """
+    from normtune.worker import work
+
+    work(study, storage=storage, name=name, wait=wait, tell=_print_line, verbose=verbose)
+
+
+def _print_line(text: str) -> None:
+    from normtune.format import clean
+
+    print(clean(text), flush=True)
+
+
 # --- report ------------------------------------------------------------------------------------
 
 
@@ -467,7 +522,7 @@ def report(
     optimizer: Annotated[str | None, typer.Option(help="As for suggest.")] = None,
     storage: Annotated[
         str | None,
-        typer.Option(envvar="NORMTUNE_STORAGE", show_envvar=True, help="As for search."),
+        typer.Option(help="As for search."),
     ] = None,
 ) -> None:
     """Make one page to share, from a study or from norms; nothing is trained."""
@@ -478,7 +533,6 @@ def report(
     file = reports.PAGE if output is None and wanted == "html" else output
     if file is not None:
         reports.check(file, source=source)
-    is_study = Path(source).suffix.lower() in reports.STUDIES
     asked = reports.Asked(
         rule=rule,
         skip=skip,
@@ -487,7 +541,7 @@ def report(
         series=series,
         attempt=attempt,
         optimizer=optimizer,
-        storage=storage if is_study else None,  # it may come from the environment
+        storage=storage,
     )
     made_by = {"format": form} if form else {}
     made_by |= {"output": str(output)} if output else {}

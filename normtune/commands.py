@@ -19,7 +19,7 @@ from types import FrameType
 
 import numpy as np
 
-from normtune import launch, orders, processes
+from normtune import launch, orders, processes, storages
 from normtune.errors import NormtuneError
 from normtune.launch import Launched
 from normtune.metrics import Metric, MetricError, Value, quoted
@@ -29,7 +29,6 @@ from normtune.tasks import OUTPUT, THREAD_VARIABLES, Ending, Outcome, Task
 
 WATCHED = "watched"  # the folder in a run's own for records and marks of its processes
 COMMAND = "command.txt"
-STORAGE = "NORMTUNE_STORAGE"  # may hold a password, and is no business of a training
 GRACE_SECONDS = 1.0  # less than the controller waits before it ends this process too
 POLL_SECONDS = 0.1
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux
@@ -71,6 +70,7 @@ def _run(task: Task, watched: Path) -> Judgement:
         seed=task.seed if task.seed_inside else None,
         steps=task.stop_after,
         metadata=task.metadata,
+        stop_diverged=not task.finish_diverged,
     )
     kills = _kills()
     _adopt_orphans()
@@ -89,7 +89,7 @@ def _run(task: Task, watched: Path) -> Judgement:
 
 def environment(task: Task) -> dict[str, str]:
     """What a run finds in its environment, besides what normtune orders there."""
-    env = {key: value for key, value in os.environ.items() if key != STORAGE}
+    env = {key: value for key, value in os.environ.items() if key != storages.VARIABLE}
     env |= dict.fromkeys(THREAD_VARIABLES, str(task.threads))
     env["PYTHONUNBUFFERED"] = "1"  # what a killed run printed last is in its output
     env.setdefault("PYTHONHASHSEED", str(task.seed))  # the order of sets is drawn from the seed
@@ -139,11 +139,14 @@ def _await(task: Task, given: Orders) -> Launched:
     launched = Launched(
         task.argv, given, cwd=task.home, environment=environment(task), own_group=False
     )
+    looks = given.steps or given.stop_diverged
     try:
-        while launched.wait(POLL_SECONDS if given.steps else None) is None:
+        while launched.wait(POLL_SECONDS if looks else None) is None:
             if launched.enough:
                 launched.wait(launch.GRACE_SECONDS)
                 launched.end()
+            elif launched.diverged:
+                launched.end(GRACE_SECONDS)
     finally:
         if launched.exit_code is None:
             launched.end(GRACE_SECONDS)
@@ -172,6 +175,8 @@ def _judge(task: Task, launched: Launched, metric: Metric, *, kills: int) -> Jud
         return "unusable", f"normtune could not work in this command: {failed[0]}", ()
     if launched.enough:
         return "stopped", f"{task.stop_after} warm-up steps are recorded", ()
+    if launched.diverged:
+        return "diverged", launched.diverged, ()
     if launched.exit_code:
         return _failed(task, launched.exit_code, record, kills=kills)
     if record is None:

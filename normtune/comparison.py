@@ -13,7 +13,7 @@ from normtune.arms import Arms, rates, unbracketed
 from normtune.fresh import Margin, Runs, margin_of
 from normtune.paired import Comparison, compare, share_interval
 from normtune.sentences import Kind, notes, number, sentence
-from normtune.trials import Arm, Settings, Trial, same_arm
+from normtune.trials import COMMON, Arm, Settings, Trial, find, loss_of, same, same_arm
 
 __all__ = [
     "ArmRow",
@@ -22,14 +22,13 @@ __all__ = [
     "Verdict",
     "compare",
     "comparisons",
-    "format_verdict",
     "verdict",
 ]
 
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One arm over the fresh seeds.
+    """One arm over the fresh seeds; or, with none of them, a max_norm on the explore seed alone.
 
     Attributes:
         label: What the arm is, such as ``"no clipping"`` or ``"suggestion"``.
@@ -38,10 +37,10 @@ class ArmRow:
         mean: Mean validation value of finished runs, as the user's direction has it; else nan.
         sd: Their sample sd; nan below two.
         seeds: Fresh seeds that the arm ran.
-        failed: Runs among them that diverged or never learned.
+        failed: Runs among them that diverged or never learned; of the explore seed without any.
         failed_low: Lower end of the exact 95 % interval of the failure rate.
         failed_high: Upper end of it.
-        free: Runs among them that were copied from the unclipped run.
+        free: Runs among them that were copied from the unclipped run; likewise.
         clip_share: Mean share of steps clipped; nan where unknown.
         delta: Mean loss minus that of no clipping over paired seeds (negative is better); nan for
             no clipping itself.
@@ -75,6 +74,8 @@ class Verdict:
         kind: Which of the six sentences, 1 to 6, or ``"none"`` where no fresh seed was run.
         sentence: The sentence, with learning rate, seeds and what the seed varied.
         arms: One row an arm.
+        explored: A row for no clipping, the best, the suggestion, the current value, 1 and 10
+            where they had no fresh seed: what the explore seed says, nan where it did not run them.
         suggestion_vs_none: helps, equal, hurts or undecided.
         suggestion_vs_best: as good, worse, undecided, or best (where it is the best found).
         suggestion_vs_current: better, equal, worse, undecided, or "" without a current value.
@@ -90,6 +91,7 @@ class Verdict:
     kind: Kind
     sentence: str
     arms: tuple[ArmRow, ...]
+    explored: tuple[ArmRow, ...]
     suggestion_vs_none: str
     suggestion_vs_best: str
     suggestion_vs_current: str
@@ -117,14 +119,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def verdict(settings: Settings, trials: Sequence[Trial]) -> Verdict:
+def verdict(settings: Settings, trials: Sequence[Trial], arms: Arms | None = None) -> Verdict:
     """What the trials so far can say, by fresh paired seeds alone.
 
     Args:
         settings: The study's settings.
         trials: All its trials; running and crashed ones are left out.
+        arms: Which arms are compared, where something else than the study chose them.
     """
-    runs = Runs(settings, trials)
+    runs = Runs(settings, trials, arms)
     margin = margin_of(runs)
     found = comparisons(runs, margin.loss)
     kind = _kind(runs, found)
@@ -134,6 +137,7 @@ def verdict(settings: Settings, trials: Sequence[Trial]) -> Verdict:
         kind=kind,
         sentence=sentence(kind, runs, found, margin, more),
         arms=tuple(_row(runs, arm, margin.loss) for arm in runs.distinct),
+        explored=_explored(runs),
         **relations,
         best=runs.arms.best[0],
         best_lr_factor=runs.arms.lower[0][1] if runs.arms.lower else math.nan,
@@ -270,6 +274,45 @@ def _row(runs: Runs, arm: Arm, margin: float) -> ArmRow:
     )
 
 
+def _explored(runs: Runs) -> tuple[ArmRow, ...]:
+    """What people ask about always has a row, of one seed where there is no more."""
+    arms = runs.arms
+    asked = [arms.none, arms.best, arms.suggestion, *([arms.current] if arms.current else [])]
+    asked += [(value, 1.0) for value in COMMON]
+    kept: list[Arm] = []
+    for arm in asked:
+        if not any(same_arm(arm, other) for other in (*runs.distinct, *kept)):
+            kept.append(arm)
+    return tuple(_explored_row(runs, arm) for arm in kept)
+
+
+def _explored_row(runs: Runs, arm: Arm) -> ArmRow:
+    settings = runs.settings
+    found = (find(runs.all, a, settings.seed) for a in (arm, runs.arms.none))
+    run, base = (t if t is not None and t.ended else None for t in found)
+    direction = settings.direction
+    losses = [math.inf if t is None else loss_of(t, direction) for t in (run, base)]
+    finished = run is not None and math.isfinite(losses[0])
+    clips = not same_arm(arm, runs.arms.none)
+    return ArmRow(
+        label=_label(runs.arms, arm),
+        max_norm=arm[0],
+        lr_factor=arm[1],
+        mean=run.value if run is not None and finished and run.value is not None else math.nan,
+        sd=math.nan,
+        seeds=0,
+        failed=int(run is not None and not finished),
+        failed_low=0.0,
+        failed_high=1.0,
+        free=int(run is not None and run.free),
+        clip_share=run.clip_share if run is not None else math.nan,
+        delta=losses[0] - losses[1] if clips and all(map(math.isfinite, losses)) else math.nan,
+        delta_low=math.nan,
+        delta_high=math.nan,
+        p_better=math.nan,
+    )
+
+
 def _label(arms: Arms, arm: Arm) -> str:
     names = []
     if same_arm(arm, arms.none):
@@ -280,68 +323,9 @@ def _label(arms: Arms, arm: Arm) -> str:
         names.append("best found")
     if arms.current and same_arm(arm, arms.current):
         names.append("current")
+    if not names and arm[1] == 1.0 and any(same(arm[0], value) for value in COMMON):
+        names.append("common default")
     if names:
         return ", ".join(names)
     rate = f"at {number(arm[1])}x lr"
     return f"no clipping {rate}" if math.isinf(arm[0]) else f"clipped {rate}"
-
-
-# --- text ----------------------------------------------------------------------------------------
-
-
-def format_verdict(verdict: Verdict) -> str:
-    """The verdict as text: the table of arms, the sentence, and what it says of the suggestion."""
-    head = f"{'arm':<28}{'max_norm':>9}{'lr':>8}{'mean':>10}{'sd':>9}{'failed':>8}  to no clipping"
-    lines = [head, *(_line(row) for row in verdict.arms)] if verdict.arms else []
-    lines += ["", verdict.sentence] if lines else [verdict.sentence]
-    if verdict.kind != "none":
-        lines.append(_suggestion_words(verdict))
-        lines.append(_margin_words(verdict.margin))
-    lines += [f"  - {note}" for note in verdict.notes]
-    return "\n".join(lines)
-
-
-def _line(row: ArmRow) -> str:
-    max_norm = "none" if math.isinf(row.max_norm) else number(row.max_norm)
-    failed = f"{row.failed} of {row.seeds}"
-    change = ""
-    if row.free == row.seeds:
-        change = "identical runs (free)"
-    elif math.isfinite(row.delta):
-        change = f"{row.delta:+.3g}"
-        if math.isfinite(row.delta_low):
-            change += f" ({row.delta_low:+.3g} to {row.delta_high:+.3g})"
-    return (
-        f"{row.label:<28}{max_norm:>9}{number(row.lr_factor) + 'x':>8}{number(row.mean):>10}"
-        f"{number(row.sd):>9}{failed:>8}  {change}"
-    ).rstrip()
-
-
-def _suggestion_words(verdict: Verdict) -> str:
-    if not any("suggestion" in row.label for row in verdict.arms):
-        return "The suggestion got no fresh seeds within this budget: nothing is said of it."
-    against = {
-        "best": "it is the best found",
-        "as good": "it is as good as the best found",
-        "worse": "it is worse than the best found",
-        "undecided": "against the best found it is undecided",
-    }[verdict.suggestion_vs_best]
-    none = {
-        "helps": "helps against no clipping",
-        "hurts": "hurts against no clipping",
-        "equal": "equals no clipping within the margin",
-        "undecided": "is undecided against no clipping",
-    }[verdict.suggestion_vs_none]
-    text = f"The suggestion {none}; {against}"
-    if verdict.suggestion_vs_current:
-        text += f"; against your current value it is {verdict.suggestion_vs_current}"
-    return text + "."
-
-
-def _margin_words(margin: Margin) -> str:
-    if math.isnan(margin.loss):
-        return "Margin: not known yet, no arm has two fresh seeds."
-    parts = [f"{number(margin.loss)} in loss", f"{number(margin.percent)} %"]
-    if math.isfinite(margin.sd):
-        parts.append(f"{number(margin.sd)} sd of a single run")
-    return f"Margin: {', '.join(parts)} ({margin.source})."

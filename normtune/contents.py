@@ -299,8 +299,9 @@ KNOWN = {
 
 def _arms_section(result: SearchResult) -> Section:
     verdict = result.verdict
-    rows = tuple(results.row(arm) for arm in verdict.arms)
-    table = Table("The arms, over fresh paired seeds", results.HEADER, rows) if rows else None
+    rows = tuple(results.row(arm) for arm in (*verdict.arms, *verdict.explored))
+    caption = "The arms, over fresh paired seeds" if verdict.arms else "What one seed says"
+    table = Table(caption, results.HEADER, rows)
     ended = [t for t in result.trials if t.ended]
     values = [t.value for t in ended if t.state == "finished" and t.value is not None]
     span = f" from {number(min(values), 4)} to {number(max(values), 4)}" if values else ""
@@ -318,18 +319,8 @@ def _arms_section(result: SearchResult) -> Section:
         "The arms",
         pictures=(picture,) if ended else (),
         table=table,
-        points=_points((*verdict.notes, *result.notes, _margin(result))),
+        points=_points(results.points(result)),
     )
-
-
-def _margin(result: SearchResult) -> str:
-    margin = result.verdict.margin
-    if not math.isfinite(margin.loss):
-        return ""
-    size = f"{number(margin.loss)}, which is {number(margin.percent)} %"
-    sd = f"{number(margin.sd)} sd of a single run" if math.isfinite(margin.sd) else "no sd known"
-    whose = f"yours; {sd}" if margin.source == "user" else margin.source
-    return f"what counts as equal: within {size} ({whose})"
 
 
 def _stored_suggestion(result: SearchResult, suggestion: Suggestion | None) -> Section:

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from normtune import processes
-from normtune.baseline import (
-    first_steps,
-    load_record,
-    norm_facts,
-    same_until_clipped,
-    settings_from,
+from normtune import storages, stored
+from normtune.assignments import (
+    carried_out,
+    outcome_words,
+    pruner_for,
+    refuse_changes,
+    result_of,
+    task_of,
+    warmup_task,
+    words,
 )
-from normtune.comparison import verdict
+from normtune.baseline import first_steps, load_record, settings_from
+from normtune.crew import Crew, Look
 from normtune.errors import StudyError, SuggestionError
-from normtune.format import duration
-from normtune.ledger import INTERRUPTED, Ledger, Result, masked
+from normtune.format import count
+from normtune.ledger import INTERRUPTED, Ledger, Queued, Result
 from normtune.plan import Plan, Planned, next_runs
-from normtune.processes import Child
+from normtune.presence import ControllerLease
+from normtune.proofs import check_seed, is_repeated, record_of, unclipped
 from normtune.records import NormRecord
 from normtune.results import SearchResult
-from normtune.study import Study
+from normtune.slots import Slots
+from normtune.study import WARMUP_STEPS, Study
 from normtune.suggestion import suggest
-from normtune.tasks import OUTPUT, RESULT, Outcome, Task, value_of
-from normtune.trials import Trial, find, same, state_of
+from normtune.tasks import RECORD, Outcome, Task
+from normtune.trials import find
 
 MOST_CRASHES = 3  # in a row
-POLL_SECONDS = 0.2  # between looks at what running trainings print
 GENTLE_FACTOR = 0.1  # of the learning rate, for the warm-up of a training that dies unclipped
+LAST_PATIENCE = 5.0  # seconds for the last words to a server
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Progress:
     """What a search tells while it runs.
 
     Attributes:
-        kind: suggestion, stage, started, finished, copied, note, or output: what a training prints.
+        kind: suggestion, stage, workers, started, finished, copied, note, or output: what a
+            training prints.
         text: The same in words.
         done: Trainings that have ended.
         total: Trainings that may be spent.
@@ -50,7 +57,9 @@ class Progress:
         seconds_left: How long it will take at most, by the trainings so far; nan where unknown.
     """
 
-    kind: Literal["suggestion", "stage", "started", "finished", "copied", "note", "output"]
+    kind: Literal[
+        "suggestion", "stage", "workers", "started", "finished", "copied", "note", "output"
+    ]
     text: str
     done: int
     total: int
@@ -62,73 +71,106 @@ Listener = Callable[[Progress], None]
 
 
 class Controller:
-    """Asks the planner, starts processes, and enters what comes back."""
+    """Asks the planner, starts runs here or gives them to workers, and enters what comes back.
 
-    def __init__(self, study: Study, tell: Listener, *, verbose: bool = False) -> None:
-        config = study.config
+    Args:
+        study: The study.
+        tell: Is called with whatever happens.
+        verbose: Whether that includes the lines that the trainings print.
+        place: What no other controller on this machine holds at the same time.
+    """
+
+    def __init__(
+        self, study: Study, tell: Listener, *, verbose: bool = False, place: str = ""
+    ) -> None:
+        search = study.config.search
         self._study = study
         self._tell = tell
-        self._verbose = verbose
-        self._shown: dict[int, int] = {}  # bytes of each running training's output
         self._done, self._usual = 0, math.nan  # trainings so far, and seconds that one takes
-        self._jobs = config.search.jobs
-        self._ledger = Ledger(study.storage, study.name, config.direction)
-        _refuse_changes(study, self._ledger)
-        self._threads = self._fixed_threads()
-        self._children: dict[int, Child] = {}
+        self._jobs = search.jobs
+        show = self._show if verbose else None
+        self._slots = Slots(search.jobs, search.time_limit, show)
+        self._ledger = Ledger(study.storage, study.name, study.config.direction)
+        self._crew: Crew | None = None
+        self._lease: ControllerLease | None = None
+        self._live: int | None = None  # workers, as they were told last
+        if storages.is_server(study.storage):
+            self._ledger.storage.tell = self._tell_of_storage
+            self._ledger.storage.set_heartbeat(search.heartbeat)
+            self._lease = ControllerLease(self._ledger, search.heartbeat, place)
+        self._threads = 0
         self._crashes: list[str] = []
         self._stage = ""
-        self._settle_running()
-        settings = self._ledger.settings
-        if settings is not None and settings.max_runs != config.search.max_runs:
-            self._ledger.settings = replace(settings, max_runs=config.search.max_runs)
 
     def run(self) -> SearchResult:
-        """Run until the plan is done; whatever happens, no training is left running."""
+        """Run until the plan is done; whatever happens, no training is left running here."""
+        with self._lease or nullcontext(), self._closing():
+            self._open()
+            self._start()
+            while self._slots or self._crew_open:
+                self._wait()
+                self._start()
+            result = self._result()
+            self._ledger.keep("ended", result.why_ended)
+        return result
+
+    def _open(self) -> None:
+        """Go on where an earlier controller stopped, and tell workers what they need to know."""
+        search = self._study.config.search
+        _begin_or_go_on(self._study, self._ledger)
+        self._threads = self._fixed_threads()
+        self._settle_running()
+        settings = self._ledger.settings
+        if settings is not None and settings.max_runs != search.max_runs:
+            looked = bool(self._ledger.fact("verdict", {}).get("seeds"))
+            raised = settings.raised + (looked and search.max_runs > settings.max_runs)
+            self._ledger.settings = replace(settings, max_runs=search.max_runs, raised=raised)
+        if self._lease is None:
+            return
+        self._ledger.take_back()
+        self._crew = Crew(self._ledger, search.heartbeat)
+        for queued in self._ledger.queued():
+            record = self._study.runs_folder / queued.folder / RECORD
+            if queued.state == "ended" and not record.exists():
+                self._crew.fetch(queued, self._study.runs_folder)
+        facts = {"path": str(self._study.path), "time limit": search.time_limit, "ended": ""}
+        for key, fact in (facts | {"heartbeat": search.heartbeat}).items():
+            self._ledger.keep(key, fact)
+        self._look()
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        """End what runs here, and leave nothing to wait for workers."""
         try:
-            while self._start() or self._children:
-                for child in self._ended():
-                    self._finish(child)
+            yield
+        except StudyError as error:
+            if self._crew is not None and not self._taken_over:
+                self._ledger.keep("ended", str(error))
+            raise
+        except KeyboardInterrupt:
+            if self._crew is not None:
+                self._ledger.storage.patience = LAST_PATIENCE
+            raise
         finally:
-            processes.end_all(list(self._children.values()))
-            self._settle_running()
-        return self._result()
+            self._slots.end()
+            if not self._taken_over:
+                self._settle_running()
+                if self._crew is not None:
+                    self._ledger.take_back()
 
-    def _ended(self) -> list[Child]:
-        """Wait until a training has ended, or has taken too long."""
-        children = list(self._children.values())
-        while True:
-            ended = processes.first_to_end(children, self._patience())
-            self._show_output()
-            limit = self._study.config.search.time_limit or math.inf
-            for child in children:
-                if child not in ended and child.seconds >= limit:
-                    child.give_up(f"took longer than the time limit of {duration(limit)}")
-                    ended.append(child)
-            if ended:
-                return ended
+    @property
+    def _taken_over(self) -> bool:
+        return self._lease is not None and self._lease.taken_by is not None
 
-    def _patience(self) -> float | None:
-        """How long to wait before the next look; None waits for an end."""
-        if self._verbose:
-            return POLL_SECONDS
-        limit = self._study.config.search.time_limit
-        longest = max(child.seconds for child in self._children.values())
-        return None if limit is None else max(0.0, limit - longest) + 0.01
-
-    def _show_output(self) -> None:
-        """Tell the whole lines that running trainings have printed since the last look."""
-        for number, child in self._children.items() if self._verbose else ():
-            with suppress(OSError), (child.task.folder / OUTPUT).open("rb") as file:
-                file.seek(self._shown.get(number, 0))
-                text, newline, _ = file.read().rpartition(b"\n")
-                self._shown[number] = self._shown.get(number, 0) + len(text) + len(newline)
-                for line in text.decode(errors="replace").splitlines():
-                    self._say("output", f"{number}| {line}")
+    @property
+    def _crew_open(self) -> int:
+        return 0 if self._crew is None else self._crew.open
 
     def _fixed_threads(self) -> int:
-        """Another number of threads gives other norms, so the first start decides."""
+        """Another number of threads gives other norms, so the first run decides."""
         kept = self._ledger.fact("threads")
+        if not kept and not self._jobs:
+            return 0  # the machine of the first worker says it
         threads = int(kept) if kept else self._study.threads(self._jobs)
         self._ledger.keep("threads", threads)
         return threads
@@ -137,24 +179,74 @@ class Controller:
         """Enter runs that a controller left open: with their result, or to be run again."""
         for number, folder in self._ledger.running().items():
             outcome = Outcome.load(self._study.runs_folder / folder)
-            if outcome is None or outcome.ending not in ("finished", "diverged"):
+            if outcome is None or outcome.ending not in ("finished", "diverged", "pruned"):
                 self._ledger.end(number, Result(INTERRUPTED))
             else:
                 self._enter(number, folder, outcome)
 
+    # --- waiting
+
+    def _wait(self) -> None:
+        """Wait until something has happened after which other runs may be planned."""
+        happened = False
+        while not happened:
+            ended = self._slots.wait(None if self._crew is None else self._crew.pause)
+            for number, task, outcome in ended:
+                self._finish(number, task, outcome)
+            happened = self._look() or bool(ended)
+
+    def _look(self) -> bool:
+        """Take in what workers have done; whether other runs may be planned now."""
+        if self._crew is None:
+            return False
+        look = self._glance(self._crew)
+        for queued in look.taken:
+            planned = self._ledger.planned(queued.number)
+            self._say("started", f"{words(planned)}: {planned.reason}; worker {queued.worker}")
+        for queued in look.lost:
+            run = words(self._ledger.planned(queued.number))
+            who = f"worker {queued.worker} died or gave it back"
+            self._say("note", f"{run}: {who.replace('  ', ' ')}; it is planned again")
+        for queued in look.ended:
+            self._arrived(queued)
+        return look.calls_for_plan
+
+    def _glance(self, crew: Crew) -> Look:
+        """What workers have done."""
+        if self._lease is not None:
+            self._lease.check()
+        look = crew.look()
+        self._tell_of_workers(crew.live)
+        return look
+
+    def _tell_of_workers(self, live: int) -> None:
+        if live == self._live or (not live and self._jobs):
+            return
+        self._live = live
+        file, where = self._study.path.name, storages.masked(self._study.storage)
+        hint = (
+            f"no worker lives; on each machine: normtune worker {file}, with {storages.VARIABLE} "
+            f"set to {where}"
+        )
+        self._say("workers", f"{count(live, 'worker')} at work" if live else hint)
+
+    def _show(self, number: int, line: str) -> None:
+        self._say("output", f"{number}| {line}")
+
     # --- starting
 
-    def _start(self) -> bool:
-        """Start what may start now; whether anything was started or copied."""
-        any_started = False
-        while len(self._children) < self._jobs:
+    def _start(self) -> None:
+        """Start, copy and enqueue what may be now."""
+        while self._slots.free > 0 or self._crew_room > 0:
             plan = self._plan()
             if not plan.runs:
-                break
+                return
             self._note_stage(plan)
             self._begin(plan.runs[0])
-            any_started = True
-        return any_started
+
+    @property
+    def _crew_room(self) -> int:
+        return 0 if self._crew is None else self._crew.room(at_least=0 if self._jobs else 1)
 
     def _plan(self) -> Plan:
         settings = self._ledger.settings
@@ -175,82 +267,56 @@ class Controller:
 
     def _begin(self, planned: Planned) -> None:
         if planned.free:
-            source = self._unclipped(planned.seed, planned.lr_factor)
+            source = unclipped(self._ledger, planned.seed, planned.lr_factor)
             if source is not None:
                 self._ledger.copy(planned, source)
-                self._say("copied", f"{_words(planned)}: {planned.reason}")
+                self._say("copied", f"{words(planned)}: {planned.reason}")
                 return
-        number, folder = self._ledger.begin(planned)
-        self._children[number] = Child(self._task(planned, folder))
-        self._say("started", f"{_words(planned)}: {planned.reason}")
-
-    def _unclipped(self, seed: int, lr_factor: float) -> int | None:
-        return next(
-            (
-                number
-                for number, t in self._ledger.numbers().items()
-                if math.isinf(t.max_norm)
-                and t.seed == seed
-                and same(t.lr_factor, lr_factor)
-                and t.ended
-            ),
-            None,
-        )
+        if self._slots.free > 0 or self._crew is None:
+            number, folder = self._ledger.begin(planned)
+            self._slots.start(number, self._task(planned, folder))
+            self._say("started", f"{words(planned)}: {planned.reason}")
+        else:
+            self._crew.enqueue(planned)
 
     def _task(self, planned: Planned, folder: str) -> Task:
-        used = {child.task.slot for child in self._children.values()}
-        slot = next(i for i in range(self._jobs) if i not in used)
-        return replace(
-            _task(self._study, self._threads, self._study.runs_folder / folder),
-            seed=planned.seed,
-            max_norm=planned.max_norm,
-            lr_factor=planned.lr_factor,
-            fraction=planned.fraction,
-            slot=slot,
-            slots=self._jobs,
-        )
+        task = task_of(self._study, self._threads, planned, self._study.runs_folder / folder)
+        return replace(task, pruner=pruner_for(self._study, self._ledger, planned))
 
     # --- finishing
 
-    def _finish(self, child: Child) -> None:
-        number = next(n for n, c in self._children.items() if c is child)
-        outcome = child.outcome()
-        del self._children[number]
-        state = self._enter(number, child.task.folder.name, outcome)
+    def _finish(self, number: int, task: Task, outcome: Outcome) -> None:
+        self._enter(number, task.folder.name, outcome)
+        self._judge(number, outcome)
+
+    def _arrived(self, queued: Queued) -> None:
+        """Take in what a worker has entered."""
+        if self._crew is not None and queued.number in self._ledger.numbers():
+            outcome = self._crew.fetch(queued, self._study.runs_folder)
+            self._judge(queued.number, outcome, f"; worker {queued.worker}")
+
+    def _judge(self, number: int, outcome: Outcome, where: str = "") -> None:
+        """Tell how a run ended, and what follows from it."""
         trial = self._ledger.numbers()[number]
-        self._say("finished", f"{_words(trial)}: {_outcome_words(trial, outcome)}")
+        said = outcome_words(trial.state, trial.value, outcome)
+        self._say("finished", f"{words(trial)}: {said}{where}")
         if outcome.ending == "unusable":
             raise StudyError(outcome.reason)
-        self._count_crashes(state, outcome)
-        if state != "crashed":
-            self._check_repeatable(number, trial)
-            self._check_seed(number, trial)
+        self._count_crashes(trial.state, f"{outcome.reason}{where}")
+        if trial.state != "crashed":
+            self._check_repeatable(number)
+            check_seed(self._study, self._ledger, number)
 
-    def _enter(self, number: int, folder: str, outcome: Outcome) -> str:
-        config = self._study.config
-        value = None
-        state: str = "crashed"
-        if outcome.ending == "finished":
-            value = value_of(outcome.values, config.search.value, config.direction)
-            state = state_of(value, outcome.first_value, config.direction)
-        elif outcome.ending == "diverged":
-            state = "diverged"
-        facts = {
-            "seconds": outcome.seconds,
-            "reason": outcome.reason,
-            "first_value": outcome.first_value,
-            "diverged": state == "diverged",
-        }
+    def _enter(self, number: int, folder: str, outcome: Outcome) -> None:
         max_norm = self._ledger.numbers()[number].max_norm
-        facts |= norm_facts(self._study.runs_folder / folder, max_norm)
-        self._ledger.end(number, Result(state, value, outcome.values, facts))
-        return state
+        path = self._study.runs_folder / folder
+        self._ledger.end(number, result_of(self._study, outcome, path, max_norm))
 
-    def _count_crashes(self, state: str, outcome: Outcome) -> None:
+    def _count_crashes(self, state: str, reason: str) -> None:
         if state != "crashed":
             self._crashes.clear()
             return
-        self._crashes.append(outcome.reason)
+        self._crashes.append(reason)
         if len(self._crashes) >= MOST_CRASHES:
             message = (
                 f"{MOST_CRASHES} trainings in a row crashed, the first with: {self._crashes[0]} "
@@ -258,14 +324,10 @@ class Controller:
             )
             raise StudyError(message)
 
-    def _check_repeatable(self, number: int, trial: Trial) -> None:
-        """Until its first clipped step a run must repeat the unclipped run bit for bit."""
+    def _check_repeatable(self, number: int) -> None:
+        """Where runs of one seed do not repeat each other, none is copied from another."""
         settings = self._ledger.settings
-        source = self._unclipped(trial.seed, trial.lr_factor)
-        if settings is None or not settings.reuse or source in (None, number):
-            return
-        base, own = self._record(source), self._record(number)
-        if base is None or own is None or same_until_clipped(base, own, trial.max_norm):
+        if settings is None or not settings.reuse or is_repeated(self._study, self._ledger, number):
             return
         self._ledger.settings = replace(settings, reuse=False)
         copies = [number for number, t in self._ledger.numbers().items() if t.free]
@@ -277,34 +339,14 @@ class Controller:
             f"deterministic: no run is copied from another{again}"
         )
 
-    def _check_seed(self, number: int, trial: Trial) -> None:
-        """Two seeds of one arm must differ; one pair is proof enough."""
-        if self._ledger.fact("seed matters"):
-            return
-        for other, known in self._ledger.numbers().items():
-            alike = known.arm == trial.arm and known.fraction == trial.fraction
-            if not alike or known.seed == trial.seed or known.free or not known.ended:
-                continue
-            a, b = self._record(number), self._record(other)
-            if a is None or b is None:
-                continue
-            if known.value == trial.value and np.array_equal(a.norms, b.norms, equal_nan=True):
-                seeds = f"seeds {known.seed} and {trial.seed}"
-                raise StudyError(_ignored_seed(self._study, seeds))
-            self._ledger.keep("seed matters", True)
-
-    def _record(self, number: int | None) -> NormRecord | None:
-        folder = self._ledger.folders().get(-1 if number is None else number, "")
-        return load_record(self._study.runs_folder / folder)
-
     # --- the suggestion
 
     def _fix_settings(self) -> None:
         """Suggest from the unclipped run's warm-up, and fix what the planner works with."""
         seed = self._study.config.search.seed
-        source = self._unclipped(seed, 1.0)
-        record = self._record(source)
-        if record is None:
+        source = unclipped(self._ledger, seed, 1.0)
+        record = None if source is None else record_of(self._study, self._ledger, source)
+        if source is None or record is None:
             message = f"the record of the unclipped run is gone from {self._study.runs_folder}"
             raise StudyError(message)
         warmup = first_steps(record, self._study.config.warmup_steps)
@@ -322,9 +364,19 @@ class Controller:
                 "rate cannot be scaled: no lower learning rate is tried"
             )
             settings = replace(settings, lr_runs=0)
+        if len(warmup) == len(record):
+            self._note_cut(self._ledger.attributes(source), len(record))
         self._ledger.settings = settings
         self._ledger.keep("suggestion", suggestion.to_dict())
         self._say("suggestion", str(suggestion))
+
+    def _note_cut(self, attributes: Mapping[str, Any], steps: int) -> None:
+        """A worker sends no more norms than a study can hold."""
+        if "first steps" in attributes:
+            self._note(
+                f"the suggestion is read from the first {steps} norms of the unclipped run; its "
+                f"whole record lies in {attributes['lies in']}"
+            )
 
     def _gentle_warmup(self, why: SuggestionError) -> NormRecord:
         """A warm-up at a tenth of the learning rate, where the unclipped run left too few norms."""
@@ -332,8 +384,29 @@ class Controller:
             f"the unclipped run carries no suggestion ({why}); the norms are those of a warm-up at "
             f"{GENTLE_FACTOR:g} x the learning rate"
         )
+        if self._crew is not None and not self._jobs:
+            return self._warmed_up(self._crew)
         task = warmup_task(self._study, self._threads)
         return carried_out(replace(task, lr_factor=GENTLE_FACTOR))
+
+    def _warmed_up(self, crew: Crew) -> NormRecord:
+        """The record of the gentle warm-up, carried out by a worker."""
+        seed, reason = self._study.config.search.seed, "norms at a lower rate"
+        planned = Planned(math.inf, GENTLE_FACTOR, seed, "explore", free=False, reason=reason)
+        steps = self._study.config.warmup_steps or WARMUP_STEPS
+        queued: Queued | None = None
+        while True:
+            queued = queued or crew.enqueue(planned, steps=steps)
+            time.sleep(crew.pause)
+            look = self._glance(crew)
+            if look.lost:
+                queued = None
+            for ended in look.ended:
+                outcome = crew.fetch(ended, self._study.runs_folder)
+                record = load_record(self._study.runs_folder / ended.folder)
+                if record is None or outcome.ending == "unusable":
+                    raise StudyError(outcome.reason)
+                return record
 
     # --- telling
 
@@ -352,117 +425,34 @@ class Controller:
             self._done = sum(t.ended and not t.free for t in trials)
             timed = [t.seconds / t.fraction for t in trials if t.seconds > 0 and not t.free]
             self._usual = sum(timed) / len(timed) if timed else math.nan
+        self._tell(self._progress(kind, text))
+
+    def _progress(self, kind: Any, text: str) -> Progress:
         total = self._study.config.search.max_runs
-        under_way = sum(min(child.seconds, self._usual) for child in self._children.values())
-        left = ((total - self._done) * self._usual - under_way) / self._jobs
-        self._tell(Progress(kind, text, self._done, total, len(self._children), max(left, 0.0)))
+        under_way = sum(min(seconds, self._usual) for seconds in self._slots.seconds)
+        at_a_time = max(1, self._jobs + (0 if self._crew is None else self._crew.live))
+        left = ((total - self._done) * self._usual - under_way) / at_a_time
+        running = len(self._slots) + self._crew_open
+        return Progress(kind, text, self._done, total, running, max(left, 0.0))
+
+    def _tell_of_storage(self, text: str) -> None:
+        """Not `_say`, which asks the storage."""
+        self._tell(self._progress("note", text))
 
     def _result(self) -> SearchResult:
-        settings, trials = self._ledger.settings, self._ledger.trials()
-        if settings is None:
-            message = "the unclipped run did not end, so there is nothing to compare with"
-            raise StudyError(message)
-        said = verdict(settings, trials)
-        self._ledger.keep("verdict", said.to_dict())
-        return SearchResult(
-            name=self._study.name,
-            storage=masked(self._study.storage),
-            verdict=said,
-            suggestion=self._ledger.fact("suggestion", {}),
-            settings=settings,
-            trials=trials,
-            notes=tuple(self._ledger.fact("notes", [])),
-            why_ended=next_runs(settings, trials).reason,
-        )
+        result = stored.result_from(self._study, self._ledger)
+        self._ledger.keep("verdict", result.verdict.to_dict())
+        return result
 
 
-# --- the study and its tasks ---
-
-
-def _refuse_changes(study: Study, ledger: Ledger) -> None:
+def _begin_or_go_on(study: Study, ledger: Ledger) -> None:
     """A study goes on only as it began; before its first result it may still be mended."""
-    now = study.fingerprint()
-    began: Mapping[str, Any] | None = ledger.fact("study")
-    changed = [] if began is None else [k for k in {**began, **now} if began.get(k) != now.get(k)]
-    if began is None or (changed and not any(t.ended for t in ledger.trials())):
-        ledger.keep("study", now)
+    if ledger.fact("study") is not None and any(t.ended for t in ledger.trials()):
+        way_out = (
+            f"Undo that, or give another storage (or remove {storages.masked(study.storage)}) to "
+            "begin anew"
+        )
+        refuse_changes(study, ledger.fact("study"), way_out=way_out)
+    elif ledger.fact("study") != study.fingerprint():
+        ledger.keep("study", study.fingerprint())
         ledger.withdraw(ledger.numbers())
-    elif changed:
-        changes = "; ".join(f"{k} was {_shown(began, k)}, now {_shown(now, k)}" for k in changed)
-        message = (
-            f"{study.path} changed since this study began: {changes}. Undo that, or give another "
-            f"storage (or remove {masked(study.storage)}) to begin anew"
-        )
-        raise StudyError(message)
-
-
-def _ignored_seed(study: Study, seeds: str) -> str:
-    which = f"{seeds} gave the same norms and the same value"
-    if study.config.command is None:
-        hint = "draw initialization and batches from run.seed"
-        return f"your train ignores run.seed: {which}; {hint}"
-    if study.config.seed_inside:
-        return (
-            f"the command sets a seed of its own: {which}; give it {{seed}} by the flag that it "
-            "has, as in --seed {seed}, or take its torch.manual_seed(...) out"
-        )
-    return f"the command ignores its {{seed}}: {which}; draw initialization and batches from it"
-
-
-def _shown(flat: Mapping[str, Any], key: str) -> str:
-    return repr(flat[key]) if flat.get(key) is not None else "absent"
-
-
-def _task(study: Study, threads: int, folder: Path) -> Task:
-    config = study.config
-    return Task(
-        folder=folder,
-        train=config.train or "",
-        home=study.folder,
-        command=config.command or (),
-        seed_inside=config.seed_inside,
-        metric=config.metric,
-        metric_file=config.metric_file,
-        seed=config.search.seed,
-        params=config.params,
-        threads=threads,
-        device=config.device,
-        metadata={"study": study.name},
-    )
-
-
-def warmup_task(study: Study, threads: int) -> Task:
-    """The task that records the unclipped warm-up of a study and then stops by itself."""
-    folder = study.runs_folder / "warmup"
-    (folder / RESULT).unlink(missing_ok=True)
-    return replace(_task(study, threads, folder), stop_after=study.config.warmup_steps)
-
-
-def carried_out(task: Task) -> NormRecord:
-    """The record of one task that needs no trial."""
-    child = Child(task)
-    try:
-        processes.first_to_end([child])
-    finally:
-        processes.end_all([child])
-    outcome = child.outcome()
-    if outcome.ending in ("crashed", "unusable"):
-        raise StudyError(outcome.reason)
-    return NormRecord.load(task.record_path)
-
-
-# --- words ---
-
-
-def _words(run: Planned | Trial) -> str:
-    clip = f"max_norm {run.max_norm:.3g}" if math.isfinite(run.max_norm) else "no clipping"
-    rate = "" if run.lr_factor == 1.0 else f" at {run.lr_factor:.3g}x the rate"
-    return f"{clip}{rate}, seed {run.seed}"
-
-
-def _outcome_words(trial: Trial, outcome: Outcome) -> str:
-    took = f" in {outcome.seconds:.1f} s" if math.isfinite(outcome.seconds) else ""
-    if trial.value is not None:
-        stuck = " (no better than its first report)" if trial.state == "stuck" else ""
-        return f"{trial.value:.5g}{stuck}{took}"
-    return f"{trial.state}{took}: {outcome.reason}"

@@ -53,6 +53,10 @@ KINDS = {
         "the clip call at {site} clips {n} sets of parameters one by one; the norm recorded is "
         "that of all of them together, so a max_norm for it does not fit that call"
     ),
+    "clip-by-parts": Kind(
+        "the clip call at {site} clips {n} sets of parameters one after the other; each has a "
+        "series of its own, and the norms here are those of one of them"
+    ),
     "clip-by-value": Kind(
         "the clip call at {site} is clip_grad_value_, which cuts each element: its clip_value and "
         "a max_norm are different things; the norms recorded are from before it"
@@ -69,7 +73,8 @@ KINDS = {
     "unknown-gradients": Kind(
         "{site} steps on gradients that no backward pass put there (copies or shards, as "
         "DeepSpeed, Megatron and apex keep): record the engine's own norm with "
-        "normtune.record_norm(), for DeepSpeed engine.get_global_grad_norm()",
+        "normtune.record_norm(), for DeepSpeed engine.get_global_grad_norm(); a loop that sets "
+        "p.grad itself, from torch.autograd.grad, can call recorder.clip_grad_norm_() on them",
         blocks=True,
     ),
     "no-gradients": Kind(
@@ -95,6 +100,10 @@ KINDS = {
     "ranks-differ": Kind(
         "the norms of rank {own} are not those of rank {other}: the ranks do not train one "
         "synchronised model (no DDP, or its no_sync()), so each has a record of its own"
+    ),
+    "overruled": Kind(
+        "another recorder, made later, imposes its max_norm on the same parameters ({site}), so "
+        "that of this recorder is not applied"
     ),
     "lbfgs": Kind(
         "{site} evaluates its closure several times a step: the first evaluation is recorded, and "

@@ -18,7 +18,7 @@ from normtune.paired import (
     Noise,
     compare,
 )
-from normtune.trials import Arm, Settings, Trial, loss, loss_of, same, same_arm, settle
+from normtune.trials import Arm, Settings, Trial, find, loss, loss_of, same, same_arm, settle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,13 +34,16 @@ class Runs:
     Args:
         settings: The study's settings.
         trials: All its trials.
+        arms: Which arms are compared; those that exploring leaves over without it.
     """
 
-    def __init__(self, settings: Settings, trials: Sequence[Trial]) -> None:
+    def __init__(
+        self, settings: Settings, trials: Sequence[Trial], arms: Arms | None = None
+    ) -> None:
         self.settings = settings
         self.all = settle(trials, settings.direction)
         self.fresh = [t for t in self.all if t.stage == "confirm" and t.ended]
-        self.arms: Arms = choose_arms(settings, self.all)
+        self.arms: Arms = arms or choose_arms(settings, self.all)
         self._by_arm: dict[Arm, dict[int, Trial]] = {}
 
     def of(self, arm: Arm) -> dict[int, Trial]:
@@ -81,7 +84,13 @@ class Runs:
             level=level_of(self.settings, len(seeds)),
             noise=self._noise(a, b),
             identical=copies or same_arm(a, b),
+            earlier=(self._failed_before(a), self._failed_before(b)),
         )
+
+    def _failed_before(self, arm: Arm) -> int:
+        """Whether an arm failed on the explore seed."""
+        run = find(self.all, arm, self.settings.seed)
+        return int(run is not None and run.ended and run.state != "finished")
 
     @staticmethod
     def _copied(a: Trial, b: Trial) -> bool:
@@ -152,8 +161,14 @@ class Runs:
 
 
 def level_of(settings: Settings, n: int) -> float:
-    """The one-sided error of an interval over `n` seeds."""
-    return FIRST_OF_THREE if settings.max_runs >= THREE_LOOKS_FROM and n <= 3 else LEVEL
+    """The one-sided error of an interval over `n` seeds.
+
+    Who raises the budget of an undecided study looks once more than planned, so that every time
+    halves what may be spent. In simulation a budget that grows from 24 to 60 in six steps until
+    something is said says it of .08 of placebo studies without this, and of .035 with it.
+    """
+    level = FIRST_OF_THREE if settings.max_runs >= THREE_LOOKS_FROM and n <= 3 else LEVEL
+    return float(level / 2**settings.raised)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -47,18 +48,19 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
 def is_plain(grads: Sequence[Tensor]) -> bool:
     """Whether all gradients are dense, of one device and one floating dtype, and no subclass."""
     first = grads[0]
-    device, dtype, strided = first.device, first.dtype, torch.strided
+    dtype, strided = first.dtype, torch.strided
     if not dtype.is_floating_point:
         return False
+    on_cpu = first.is_cpu
     for g in grads:  # a plain loop: this runs at every step
         if (
             type(g) not in PLAIN
             or g.dtype is not dtype
             or g.layout is not strided
-            or g.device != device
+            or g.is_cpu is not on_cpu
         ):
             return False
-    return True
+    return on_cpu or all(g.device == first.device for g in grads)
 
 
 @torch.no_grad()
@@ -78,10 +80,11 @@ def norms_of_each(grads: Sequence[Tensor], norm_type: float = 2.0) -> list[Tenso
 
 
 def _plain_norms(grads: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+    if not isinstance(grads, list):
+        grads = list(grads)
     wide = _WIDE.get(grads[0].dtype)
-    if wide is None:
-        return list(torch._foreach_norm(list(grads), norm_type))
-    return list(torch._foreach_norm(list(grads), norm_type, dtype=wide))
+    norms = torch._foreach_norm(grads, norm_type, dtype=wide)  # None keeps the gradients' own
+    return list(norms)
 
 
 def _norm_of_one(grad: Tensor, norm_type: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -160,14 +163,26 @@ def _norms_of_parts(grads: Sequence[Tensor], norm_type: float, like: Sequence[An
     """The norm of each gradient, but of one for all that are sharded alike."""
     parts: list[Tensor] = []
     alike: dict[Any, list[Any]] = {_sharding(p): [] for p in like if hasattr(p, "placements")}
+    failures: list[Exception] = []
     for grad in grads:
         placements = getattr(grad, "placements", None)
         if placements is None or any(p.is_partial() for p in placements):
-            parts.append(_norm_of_one(grad, norm_type))
+            with _noting(failures):
+                parts.append(_norm_of_one(grad, norm_type))
         else:
             alike.setdefault(_sharding(grad), []).append(grad)
-    shards = [_norm_of_shards(some, key, norm_type) for key, some in alike.items()]
+    shards = [_norm_of_shards(some, key, norm_type, failures) for key, some in alike.items()]
+    if failures:  # only now: the other ranks wait for this one in each of these reductions
+        raise failures[0]
     return parts + shards
+
+
+@contextlib.contextmanager
+def _noting(failures: list[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        failures.append(error)
 
 
 def _sharding(tensor: Any) -> tuple[Any, Any]:
@@ -175,16 +190,21 @@ def _sharding(tensor: Any) -> tuple[Any, Any]:
 
 
 def _norm_of_shards(
-    grads: Sequence[Any], sharding: tuple[Any, Sequence[Any]], norm_type: float
+    grads: Sequence[Any],
+    sharding: tuple[Any, Sequence[Any]],
+    norm_type: float,
+    failures: list[Exception],
 ) -> Tensor:
     """The norm of gradients of one mesh and placement, by one reduction over each sharded axis.
 
     Torch's own norm of such gradients reduces each by itself. Replicated axes count once.
     """
     mesh, placements = sharding
-    full = [g._local_tensor for g in grads if g._local_tensor.numel()]  # none has an inf norm
-    norms = norms_of_each(full, norm_type)
-    norm = combined(norms, norm_type) if norms else torch.zeros((), device=mesh.device_type)
+    norm = torch.zeros((), device=mesh.device_type)
+    with _noting(failures):
+        full = [g._local_tensor for g in grads if g._local_tensor.numel()]  # none has an inf norm
+        norms = norms_of_each(full, norm_type)
+        norm = combined(norms, norm_type) if norms else norm
     shared = [i for i, p in enumerate(placements) if not p.is_replicate()]
     if not shared:
         return norm
@@ -219,7 +239,7 @@ def measured(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor | float:
     """
     few = 0 < len(grads) <= FEW and norm_type == 2.0 and grads[0].is_cpu and is_plain(grads)
     if few and not grads[0].requires_grad:
-        value = math.hypot(*(norm.item() for norm in _plain_norms(grads, norm_type)))
+        value = math.hypot(*[norm.item() for norm in _plain_norms(grads, norm_type)])
         if 0.0 < value < math.inf or math.isnan(value):
             return value
     return on_host(total_norm(grads, norm_type))
@@ -259,6 +279,15 @@ def torch_total_norm(
 def coefficient(max_norm: float, norm: Tensor) -> Tensor:
     """The factor torch scales gradients with: ``max_norm / (norm + 1e-6)``, at most 1."""
     return torch.clamp(max_norm / (norm + EPSILON), max=1.0)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number of this rank is nan or infinite; reads each device once."""
+    flags: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        local = getattr(tensor, "_local_tensor", tensor).detach()
+        flags.setdefault(local.device, []).append(torch.isfinite(local).all())
+    return all(bool(torch.stack(found).all()) for found in flags.values())
 
 
 @torch.no_grad()

@@ -59,7 +59,15 @@ class ClipCall:
 
 
 class Listener(Protocol):
-    """What the dispatcher tells a recorder."""
+    """What the dispatcher tells a recorder.
+
+    Attributes:
+        max_norm: What it imposes, None for nothing.
+        overruled: Whether another one, made later, imposes its own on the same parameters.
+    """
+
+    max_norm: float | None
+    overruled: bool
 
     def clip_begins(self, call: ClipCall) -> float | None:
         """A clip call on this listener's parameters; the max_norm to use, None for the loop's."""
@@ -88,8 +96,8 @@ class Listener(Protocol):
     def step_failed(self, optimizer: Any) -> None:
         """The step raised; told only for optimizers given to `tell_failures`."""
 
-    def unscaled(self, optimizer: Any, scale: Tensor) -> None:
-        """A GradScaler divided the gradients by its scale."""
+    def unscaled(self, optimizer: Any, scale: Tensor, *, done: bool) -> None:
+        """A GradScaler has divided the gradients by its scale, or unless `done` does so next."""
 
     def step_skipped(self, optimizer: Any) -> None:
         """A GradScaler left the step out because of a non-finite gradient."""
@@ -103,15 +111,36 @@ class Resident(Protocol):
 
 
 class _Compiled:
-    """What a clip call inside a compiled function leaves behind: one slot, no list.
+    """What a clip call inside a compiled function leaves behind: one slot, not a list of calls.
 
     A spy that appended or looked listeners up would recompile at every step.
     """
 
     total_norm: Tensor | None = None
+    parameters: Sequence[Tensor] = ()  # what that call was given
+    asked: float = 0.0  # the max_norm that it was asked for
     watched: bool = False  # whether any recorder is open, for the compiler to guard on
-    # What recorders impose there: 0.0 leaves the loop's value, inf only measures.
-    imposed: float = 0.0
+    imposed: float = 0.0  # on all of a watched command: 0.0 leaves its value, inf only measures
+
+    def __init__(self) -> None:
+        self.imposed_on: dict[int, float] = {}  # parameter -> what its recorder imposes
+
+    def acts_on(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether a call waits here that was given some of `parameters`."""
+        if self.total_norm is None:
+            return False
+        ids = set(map(id, self.parameters))
+        return any(id(p) in ids for p in parameters)
+
+    def limit(self, parameters: Sequence[Tensor]) -> float:
+        """What is imposed on a call with these parameters, 0.0 for nothing; part of the graph."""
+        if self.imposed == 0.0 and self.imposed_on and parameters:
+            return self.imposed_on.get(id(parameters[0]), 0.0)
+        return self.imposed
+
+    def drop(self) -> None:
+        """Forget the call."""
+        self.total_norm, self.parameters = None, ()
 
 
 COMPILED = _Compiled()
@@ -141,7 +170,8 @@ def listen(listener: Listener, parameters: Iterable[Tensor]) -> None:
         _watch_fsdp()
     reference = weakref.ref(listener)
     if not COMPILED.watched:
-        COMPILED.total_norm, COMPILED.watched = None, True
+        COMPILED.watched = True
+        COMPILED.drop()
     with _lock:
         _listeners.add(listener)
         for parameter in parameters:
@@ -152,6 +182,7 @@ def listen(listener: Listener, parameters: Iterable[Tensor]) -> None:
             if all(other() is not listener for other in known[1]):
                 known[1].append(reference)
         _known_sets.clear()
+    impose_on_compiled()
 
 
 def unlisten(listener: Listener) -> None:
@@ -163,8 +194,12 @@ def unlisten(listener: Listener) -> None:
             if not references:
                 _owners.pop(key, None)
         _known_sets.clear()
+        for other in _listeners:
+            other.overruled = False
+    impose_on_compiled()
     if not _listeners and _resident is None:
-        COMPILED.total_norm, COMPILED.watched = None, False
+        COMPILED.watched = False
+        COMPILED.drop()
 
 
 def reside(resident: Resident | None) -> None:
@@ -174,6 +209,19 @@ def reside(resident: Resident | None) -> None:
     _resident = resident
     if resident is not None:
         COMPILED.watched = True
+    else:
+        COMPILED.imposed = 0.0
+
+
+def impose_on_compiled() -> None:
+    """A compiled clip can ask nobody, so what is imposed on each parameter is kept ready."""
+    limits = COMPILED.imposed_on
+    limits.clear()
+    for key, (_, references) in list(_owners.items()):
+        for reference in references:  # the youngest wins
+            limit = getattr(reference(), "max_norm", None)
+            if limit is not None:
+                limits[key] = limit
 
 
 def listeners_of_thread() -> list[Any]:
@@ -190,6 +238,7 @@ def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
     known = _owners.get(key)
     if known is not None and known[0] is gone:
         _owners.pop(key, None)
+        COMPILED.imposed_on.pop(key, None)
         _known_sets.clear()
 
 
@@ -245,7 +294,8 @@ def call_site() -> str:
 
 
 def _is_inner(file: str) -> bool:
-    return file.startswith((_HERE, _TORCH, "<")) or file.endswith("contextlib.py")
+    made = ("<frozen ", "<eval_with_key>")  # not <string>, <stdin>, <ipython-input-1-...>
+    return file.startswith((_HERE, _TORCH, *made)) or file.endswith("contextlib.py")
 
 
 def _site_name(file: str, line: int) -> str:
@@ -303,9 +353,12 @@ def _spy_clip_grads_with_norm_(
 ) -> None:
     original = _original["_clip_grads_with_norm_"]
     if torch.compiler.is_compiling():
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if COMPILED.watched:
             COMPILED.total_norm = total_norm
-        imposed = COMPILED.imposed
+            COMPILED.parameters = parameters
+            COMPILED.asked = max_norm
+        imposed = COMPILED.limit(parameters)
         if imposed == 0.0:
             original(parameters, max_norm, total_norm, foreach)
         elif imposed != float("inf"):
@@ -415,6 +468,8 @@ def _as_float(value: Any) -> float:
 def _ask(listeners: list[Any], call: ClipCall) -> float | None:
     """What the listeners impose; the youngest that imposes anything wins."""
     limit = None
+    if len(listeners) > 1:
+        listeners = _ranked(listeners)
     for listener in listeners:
         wanted = listener.clip_begins(call)
         limit = wanted if wanted is not None else limit
@@ -450,12 +505,13 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     listeners = _step_listeners(optimizer)
     steps[:] = [listeners]
     if not listeners:
-        COMPILED.total_norm = None  # of another model's clip call
         return None
     closure = _closure_of(args, kwargs)
     for listener in listeners:
         listener.step_begins(optimizer, closure=closure is not None)
     if closure is None:
+        if COMPILED.total_norm is not None:
+            _drop_compiled(optimizer)
         return None
     return _with_closure(args, kwargs, _watched(closure, optimizer, listeners))
 
@@ -498,7 +554,7 @@ def _step_listeners(optimizer: Any) -> list[Any]:
     found = _listeners_to_step(optimizer)
     if _resident is not None and _resident.meet(found, (), optimizer):
         found = _listeners_to_step(optimizer)
-    return found if len(found) < 2 else sorted(found, key=_strictness)
+    return found if len(found) < 2 else _ranked(found)
 
 
 def _listeners_to_step(optimizer: Any) -> list[Any]:
@@ -514,10 +570,12 @@ def _listeners_to_step(optimizer: Any) -> list[Any]:
     return found
 
 
-def _strictness(listener: Any) -> int:
-    """Who clips comes last, so that all others measure before."""
-    limit = getattr(listener, "max_norm", None)
-    return 0 if limit is None else 1 if limit == float("inf") else 2
+def _ranked(listeners: list[Any]) -> list[Any]:
+    """With the youngest that imposes a max_norm at the end, so that all others measure before."""
+    imposing = [x for x in listeners if getattr(x, "max_norm", None) is not None]
+    for listener in imposing:
+        listener.overruled = listener is not imposing[-1]
+    return [x for x in listeners if x not in imposing[-1:]] + imposing[-1:]
 
 
 def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -541,9 +599,17 @@ def _watched(closure: Any, optimizer: Any, listeners: list[Any]) -> Any:
         result = closure(*args, **kwargs)
         for listener in listeners:
             listener.closure_ends(optimizer)
+        if COMPILED.total_norm is not None:
+            _drop_compiled(optimizer)
         return result
 
     return watched
+
+
+def _drop_compiled(optimizer: Any) -> None:
+    """All listeners have seen what a compiled clip call left for this step."""
+    if COMPILED.acts_on([p for group in optimizer.param_groups for p in group["params"]]):
+        COMPILED.drop()
 
 
 def watch_unhooked(optimizer: Any) -> None:
@@ -633,7 +699,7 @@ def _watch_scaler() -> None:
         before = [getattr(listener, "steps_begun", 0) for listener in listeners]
         if ready:
             for listener in listeners:
-                listener.unscaled(target, self._get_scale_async())
+                listener.unscaled(target, self._get_scale_async(), done=False)
         result = step(self, optimizer, *args, **kwargs)
         for listener, steps in zip(listeners, before, strict=True):
             if getattr(listener, "steps_begun", 0) == steps:
@@ -659,7 +725,7 @@ def _tell_unscaled(scaler: Any, optimizer: Any) -> None:
     target = gradients.unwrapped(optimizer)
     if hasattr(target, "param_groups"):
         for listener in _step_listeners(target):
-            listener.unscaled(target, scaler._get_scale_async())
+            listener.unscaled(target, scaler._get_scale_async(), done=True)
 
 
 # --- FSDP1 -------------------------------------------------------------------------------------

@@ -134,6 +134,11 @@ class Launched:
         """Whether all the steps that were asked for are recorded."""
         return bool(orders.marks(self.orders.folder, orders.ENOUGH))
 
+    @property
+    def diverged(self) -> str:
+        """Why its training has diverged, where it was told to look; else empty."""
+        return next(iter(orders.marks(self.orders.folder, orders.DIVERGED).values()), "")
+
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for its end; its exit code, None where `timeout` seconds were not enough."""
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
 import uuid
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from normtune import records
 from normtune.errors import StudyError
+from normtune.format import count
+from normtune.plan import Planned
+from normtune.storages import explained, masked, opened, quiet
 from normtune.trials import Settings, Trial
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.trial import FrozenTrial
-
-    from normtune.plan import Planned
+    from optuna.trial import FrozenTrial, TrialState
 
 FORMAT = 1  # of the attributes; a study of another format is refused
 # Wide enough for every max_norm and rate: the trials are entered here, never sampled from here.
@@ -46,23 +46,46 @@ class Result:
     facts: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A run that was entered for workers.
+
+    Attributes:
+        number: Its trial number.
+        folder: The name of its folder.
+        state: waiting, running, ended, or interrupted: it is planned again.
+        worker: The worker that has it; empty where none has said so yet.
+    """
+
+    number: int
+    folder: str
+    state: Literal["waiting", "running", "ended", "interrupted"]
+    worker: str
+
+
 class Ledger:
     """The study in its storage.
 
     Args:
         url: An Optuna storage URL.
         name: The name of the study.
-        direction: ``minimize`` or ``maximize``.
+        direction: ``minimize`` or ``maximize``; None opens a study that is there already.
+
+    Attributes:
+        url: The URL.
+        storage: The storage as Optuna knows it; a `Patient` on a server.
+        study: The study as Optuna knows it.
 
     Raises:
         StudyError: If the storage cannot be opened, or holds another study by this name.
     """
 
-    def __init__(self, url: str, name: str, direction: str) -> None:
+    def __init__(self, url: str, name: str, direction: str | None = None) -> None:
         self.url = url
+        self.storage: Any = opened(url)
         with quiet(), explained(url):
-            self._study = _open(url, name, direction)
-        self._worst = math.inf if direction == "minimize" else -math.inf
+            self.study = self._study = _open(self.storage, name, direction)
+        self._worst = math.inf if self._study.direction.name == "MINIMIZE" else -math.inf
         known = self._study.user_attrs
         if not known and not self._study.trials:
             self.keep("normtune", FORMAT)
@@ -82,6 +105,14 @@ class Ledger:
     def fact(self, key: str, default: Any = None) -> Any:
         """A stored fact, or `default`."""
         return self._study.user_attrs.get(key, default)
+
+    def now(self) -> float:
+        """The clock of the server that holds the study, in seconds since 1970."""
+        return float(self.storage.now())
+
+    def facts(self) -> dict[str, Any]:
+        """All stored facts, read at once."""
+        return dict(self._study.user_attrs)
 
     @property
     def settings(self) -> Settings | None:
@@ -114,10 +145,15 @@ class Ledger:
 
     def _entries(self) -> Iterator[tuple[int, FrozenTrial]]:
         withdrawn = set(self.fact("withdrawn", []))
+        seen: set[str] = set()
         for trial in self._study.get_trials(deepcopy=False):
             attributes = trial.user_attrs
-            mine = "stage" in attributes and attributes.get("state") != INTERRUPTED
-            if mine and trial.number not in withdrawn:
+            mine = "stage" in attributes and _state(trial) != INTERRUPTED
+            if not mine or trial.number in withdrawn:
+                continue
+            folder = str(attributes.get("folder", trial.number))
+            if folder not in seen:  # a server that went away may have entered a run twice
+                seen.add(folder)
                 yield trial.number, trial
 
     def begin(self, planned: Planned) -> tuple[int, str]:
@@ -129,27 +165,57 @@ class Ledger:
     def end(self, number: int, result: Result) -> None:
         """Enter how a run ended."""
         from optuna.trial import Trial as OptunaTrial
-        from optuna.trial import TrialState
 
         frozen = self._study.get_trials(deepcopy=False)[number]
-        trial = OptunaTrial(self._study, frozen._trial_id)
-        for key, value in {**(result.facts or {}), "state": result.state}.items():
-            trial.set_user_attr(key, records.strict(value))
+        self.write(OptunaTrial(self._study, frozen._trial_id), result)
+        state, value = self.told(result)
+        with quiet():
+            self._study.tell(number, value, state=state)
+
+    def write(self, trial: optuna.Trial, result: Result) -> None:
+        """Enter what there is to know of a run, but not yet that it has ended."""
         for step, value in _thinned(result.values):
             trial.report(value, step)
-        with quiet():
-            if result.state in ("crashed", INTERRUPTED):
-                self._study.tell(number, state=TrialState.FAIL)
-            else:
-                value_ = self._worst if result.value is None else result.value
-                self._study.tell(number, value_)
+        for key, fact in {**(result.facts or {}), "state": result.state}.items():
+            trial.set_user_attr(key, records.strict(fact))
+
+    def told(self, result: Result) -> tuple[TrialState, float | None]:
+        """What Optuna is told of a run that has ended: its state and its value."""
+        from optuna.trial import TrialState
+
+        if result.state in ("crashed", INTERRUPTED):
+            return TrialState.FAIL, None
+        if (result.facts or {}).get("pruned"):  # its last value becomes the trial's
+            return TrialState.PRUNED, None
+        return TrialState.COMPLETE, self._worst if result.value is None else result.value
+
+    def curves(self, seed: int) -> list[dict[int, float]]:
+        """What the whole trainings of a seed reported that ended well: step -> value."""
+        kept = [
+            trial.intermediate_values
+            for _, trial in self._entries()
+            if trial.params["seed"] == seed
+            and _state(trial) == "finished"
+            and not (trial.user_attrs["free"] or trial.user_attrs.get("pruned"))
+        ]
+        return [curve for curve in kept if curve]
+
+    def notes(self) -> tuple[str, ...]:
+        """What happened on the way: what was noted, and how many trainings crashed of what."""
+        entries = (trial.user_attrs for _, trial in self._entries())
+        reasons = Counter(str(a.get("reason")) for a in entries if a.get("state") == "crashed")
+        noted = tuple(self.fact("notes", []))
+        if not reasons:
+            return noted
+        told = "; ".join(f"{n} of: {reason}" for reason, n in reasons.most_common())
+        return (*noted, f"{count(reasons.total(), 'training')} crashed: {told}")
 
     def copy(self, planned: Planned, source: int) -> int:
         """Enter a free run: the numbers of the unclipped run that it would repeat bit for bit."""
         from optuna.trial import TrialState
 
         frozen = self._study.get_trials(deepcopy=False)[source]
-        attributes = {k: v for k, v in frozen.user_attrs.items() if k not in _OWN}
+        attributes = {k: v for k, v in frozen.user_attrs.items() if not _is_own(k)}
         facts = attributes | {"clip_share": 0.0, "kept": 1.0, "seconds": 0.0, "copied_from": source}
         return self._add(planned, facts, state=TrialState.COMPLETE, value=frozen.value)
 
@@ -160,11 +226,73 @@ class Ledger:
             self.keep("withdrawn", sorted(withdrawn))
 
     def running(self) -> dict[int, str]:
-        """Runs that were begun and not ended: trial number -> folder."""
+        """Runs that a controller began by itself and did not end: trial number -> folder."""
         from optuna.trial import TrialState
 
         open_ = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return {t.number: str(t.user_attrs["folder"]) for t in open_ if "folder" in t.user_attrs}
+        own = [t for t in open_ if "queued" not in t.user_attrs]
+        return {t.number: str(t.user_attrs["folder"]) for t in own if "folder" in t.user_attrs}
+
+    # --- runs for workers
+
+    def enqueue(self, planned: Planned, *, steps: int | None = None) -> tuple[int, str]:
+        """Enter a run that waits for a worker; its trial number and the name of its folder.
+
+        Args:
+            planned: The run.
+            steps: Where it is a warm-up, and no training of the study: how many steps.
+        """
+        from optuna.trial import TrialState
+
+        folder = uuid.uuid4().hex[:8]
+        facts = {"queued": True, "folder": folder} | ({} if steps is None else {"warm-up": steps})
+        return self._add(planned, facts, state=TrialState.WAITING), folder
+
+    def waiting(self) -> bool:
+        """Whether a run waits for a worker."""
+        from optuna.trial import TrialState
+
+        return bool(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+    def planned(self, number: int) -> Planned:
+        """What a trial was entered for."""
+        return planned_of(self._study.get_trials(deepcopy=False)[number])
+
+    def close(self) -> None:
+        """Give the connections to a server back."""
+        if hasattr(self.storage, "close"):
+            self.storage.close()
+
+    def queued(self) -> list[Queued]:
+        """All runs that were ever entered for workers."""
+        trials = self._study.get_trials(deepcopy=False)
+        return [_as_queued(trial) for trial in trials if "queued" in trial.user_attrs]
+
+    def take_back(self, numbers: Iterable[int] | None = None) -> None:
+        """End runs for workers that no worker has; without `numbers` all that still wait."""
+        from optuna.trial import TrialState
+
+        waiting = [q.number for q in self.queued() if q.state == "waiting"]
+        for number in waiting if numbers is None else numbers:
+            frozen = self._study.get_trials(deepcopy=False)[number]
+            mine = number not in waiting or self.storage.set_trial_state_values(
+                frozen._trial_id, TrialState.RUNNING
+            )
+            if mine:
+                with quiet():
+                    self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def end_stale(self) -> None:
+        """End the runs of workers that were silent for too long; they are planned again."""
+        import optuna
+
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self._study)
+
+    def attributes(self, number: int) -> dict[str, Any]:
+        """The attributes of a trial."""
+        return dict(self._study.get_trials(deepcopy=False)[number].user_attrs)
 
     def _add(self, planned: Planned, facts: Mapping[str, Any], **how: Any) -> int:
         from optuna.trial import TrialState, create_trial
@@ -176,6 +304,8 @@ class Ledger:
             "fraction": planned.fraction,
             **facts,
         }
+        if "warm-up" in facts:
+            del attributes["stage"]  # it is no training of the study
         trial = create_trial(
             **{"state": TrialState.RUNNING, **how},
             params=_parameters(planned),
@@ -186,78 +316,27 @@ class Ledger:
         return len(self._study.get_trials(deepcopy=False)) - 1
 
 
-_OWN = ("stage", "why", "free", "fraction", "folder")  # attributes that a copy does not take over
+# What a copy does not take over: what its source was planned for, and where it was trained.
+_OWN = ("stage", "why", "free", "fraction", "folder", "queued", "worker", "lies in", "first steps")
+NORMS = "norms "  # and two digits: the norms of a worker's run, in parts
 
 
-def exists(url: str, name: str) -> bool:
-    """Whether a storage holds the study; a missing SQLite file is not made by asking."""
+def _is_own(key: str) -> bool:
+    return key in _OWN or key.startswith(NORMS)
+
+
+def _open(storage: Any, name: str, direction: str | None) -> optuna.Study:
     import optuna
 
-    file = re.fullmatch(r"sqlite:///([^?]+).*", url)
-    if file and not Path(file[1]).exists():
-        return False
-    with quiet(), explained(url):
-        return name in optuna.get_all_study_names(_storage(url))
-
-
-def masked(url: str) -> str:
-    """A storage URL without its password."""
-    bare = re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
-    return bare.partition("?")[0]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Optuna says nothing about single trials meanwhile."""
-    import optuna
-
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(max(level, optuna.logging.WARNING))
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(level)
-
-
-@contextmanager
-def explained(url: str) -> Iterator[None]:
-    """Turn what a database driver says into one line, without the password."""
-    import optuna
-    import sqlalchemy
-
-    try:
-        yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        cause = getattr(error, "orig", None) or error.__cause__ or error
-        reason = str(cause).replace(url, masked(url)).strip().partition("\n")[0]
-        message = f"cannot use the storage {masked(url)}: {reason}"
-        raise StudyError(message) from None
-
-
-def _open(url: str, name: str, direction: str) -> optuna.Study:
-    import optuna
-
+    if direction is None:
+        sampler = optuna.samplers.RandomSampler()  # asked by nobody
+        return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
     return optuna.create_study(
-        storage=_storage(url),
+        storage=storage,
         study_name=name,
         direction=direction,  # type: ignore[arg-type]
         load_if_exists=True,
     )
-
-
-def _storage(url: str) -> optuna.storages.BaseStorage:
-    import optuna
-
-    if url.startswith("sqlite"):
-        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-    # A server drops idle connections, and a run may take hours.
-    options = {"pool_pre_ping": True, "pool_recycle": 1800}
-    try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
-    except ImportError as error:
-        driver = getattr(error.__cause__, "name", None) or "its driver"
-        message = f"the storage {masked(url)} needs a Python package: pip install {driver}"
-        raise StudyError(message) from None
 
 
 def _parameters(planned: Planned) -> dict[str, Any]:
@@ -280,16 +359,47 @@ def _distributions(planned: Planned) -> dict[str, Any]:
     return {name: known[name] for name in _parameters(planned)}
 
 
+def planned_of(frozen: FrozenTrial | optuna.Trial) -> Planned:
+    """What a trial was entered for."""
+    a, params = frozen.user_attrs, frozen.params
+    return Planned(
+        max_norm=params.get("max_norm", math.inf),
+        lr_factor=params["lr_factor"],
+        seed=params["seed"],
+        stage=a.get("stage", "explore"),
+        free=a["free"],
+        reason=a["why"],
+        fraction=a["fraction"],
+    )
+
+
+def _state(frozen: FrozenTrial) -> str:
+    """How a run stands: Optuna's state comes first, since a worker may die between two writes."""
+    name, entered = frozen.state.name, frozen.user_attrs.get("state")
+    if name in ("RUNNING", "WAITING"):
+        return "running"
+    if name == "FAIL":
+        return "crashed" if entered == "crashed" else INTERRUPTED
+    return str(entered)
+
+
+def _as_queued(frozen: FrozenTrial) -> Queued:
+    open_ = {"WAITING": "waiting", "RUNNING": "running"}.get(frozen.state.name)
+    state = open_ or ("interrupted" if _state(frozen) == INTERRUPTED else "ended")
+    a = frozen.user_attrs
+    return Queued(frozen.number, str(a["folder"]), state, str(a.get("worker", "")))  # type: ignore[arg-type]
+
+
 def _as_trial(frozen: FrozenTrial) -> Trial:
     a = frozen.user_attrs
-    state = a.get("state", "running")
+    state: Any = _state(frozen)
     return Trial(
         max_norm=frozen.params.get("max_norm", math.inf),
         lr_factor=frozen.params["lr_factor"],
         seed=frozen.params["seed"],
         state=state,
         stage=a["stage"],
-        value=frozen.value if state in ("finished", "stuck") else None,
+        value=a.get("value", frozen.value) if state in ("finished", "stuck") else None,
         free=a["free"],
         first_value=a.get("first_value"),
         fraction=a["fraction"],

@@ -19,6 +19,7 @@ INJECT = Path(__file__).parent / "inject"  # holds the sitecustomize.py that let
 PYTHON = "python"  # a Python process started with normtune before it
 TORCH = "torch"  # it imported torch, and every clip call and step is seen
 FAILED = "failed"  # normtune could not work there; the text says why
+DIVERGED = "diverged"  # its norms say that the training has; the text says how
 OVER = "over"  # it ended in its own time; the text says what it had
 ENOUGH = "enough"  # the steps that were asked for are recorded
 
@@ -34,6 +35,7 @@ class Orders:
         seed: What torch, numpy and random are seeded with; None leaves them.
         steps: End the process after so many recorded steps.
         metadata: Facts for the header of the record.
+        stop_diverged: Leave a mark where the norms are no longer finite, or explode.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class Orders:
     seed: int | None = None
     steps: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    stop_diverged: bool = False
 
     def environment(self, base: Mapping[str, str] | None = None) -> dict[str, str]:
         """The environment `base` (that of this process without it) with these orders in it."""

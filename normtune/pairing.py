@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from normtune import gradients
-from normtune.interception import ClipCall
+from normtune.interception import COMPILED, ClipCall
 
 MANY_SETS = 8  # more parameter sets than this at one site: a loop that clips one by one
 MOST_PENDING = 64  # events that wait for a step; the oldest give way
 MOST_HOOKS = 24
-LOOK_AT_FIRST, LOOK_EVERY = 32, 16  # steps: looking for unseen changes costs 5 microseconds
-
+# Backward passes: looking for unseen changes costs 5 microseconds. A prime number, since two losses
+# or three, one after the other, must all be looked at.
+LOOK_AT_FIRST, LOOK_EVERY = 32, 17
+_graph_task = torch._C._current_graph_task_id
 
 Norm = Tensor | float  # a tensor stays on its device; on the CPU the number is there already
 
@@ -118,7 +120,7 @@ class EachNorm:
     norms: Tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Measured:
     """One norm of one step, on its way into the record."""
 
@@ -129,7 +131,7 @@ class Measured:
     skipped: Tensor | bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Step:
     """What a step's gradients turned out to be.
 
@@ -160,6 +162,9 @@ class Backwards:
         self.count = 0
         self.alive = False
         self.after: dict[int, Sentinel] = {}
+        self.looking = True  # whether unseen changes after the last backward pass are looked for
+        self.spoiled = ""  # what a backward pass has shown of the compiled clip call before it
+        self._compiled = False  # whether compiled clip calls were seen
         self._task = -2
         self._handles: dict[int, Any] = {}
 
@@ -174,17 +179,45 @@ class Backwards:
 
     def saw(self, parameter: Tensor) -> None:
         """Count the backward pass that has just reached `parameter`, once."""
-        task = torch._C._current_graph_task_id()
+        task = _graph_task()
         if task != self._task:
             self._task = task
             self.alive = True
-            self.count += 1
-        if parameter.grad is not None:
-            self.after[id(parameter)] = Sentinel.of(parameter)
+            self.count = n = self.count + 1
+            self.looking = n <= LOOK_AT_FIRST or n % LOOK_EVERY == 0
+        if COMPILED.total_norm is not None:
+            self._look_at_compiled(parameter)
+        if self.looking or self._compiled:
+            if parameter.grad is not None:
+                self.after[id(parameter)] = Sentinel.of(parameter)
+        elif self.after:
+            self.after.pop(id(parameter), None)
 
-    def written_since(self) -> bool:
-        """Whether a watched gradient was written to or replaced since the last backward pass."""
-        return any(s.changed() or s.replaced() for s in self.after.values())
+    def _look_at_compiled(self, parameter: Tensor) -> None:
+        """A compiled clip call may have been given gradients that are now others."""
+        sure, self._compiled = self._compiled, True
+        if not COMPILED.acts_on((parameter,)):
+            return
+        before = self.after.get(id(parameter))
+        if before is None and sure:  # a step has used up what was there
+            self.spoiled = "clip-before-backward"
+        elif before is not None and before.grad() is parameter.grad:
+            self.spoiled = "clip-in-accumulation"
+        COMPILED.drop()
+
+    def written_since(self, ids: frozenset[int]) -> bool:
+        """Whether a watched gradient of these was written to or replaced since `backward()`."""
+        return any(s.changed() or s.replaced() for key, s in self.after.items() if key in ids)
+
+    def used(self, ids: frozenset[int]) -> None:
+        """A step has used the gradients of these; optimizers may write to them."""
+        for key in [key for key in self.after if key in ids]:
+            del self.after[key]
+
+    def look_again(self) -> None:
+        """Somebody has written to the watched gradients, and may."""
+        parameters = [p for s in self.after.values() if (p := s.parameter()) is not None]
+        self.after = {id(p): Sentinel.of(p) for p in parameters if p.grad is not None}
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -215,6 +248,7 @@ class Pairing:
         self._report = report
         self._norm_type = norm_type
         self._each = each
+        self.half_sites: dict[str, str] = {}  # series -> the clip call whose own norm is fp16
         self._series: dict[tuple[Any, ...], Series] = {}
         self._past: set[str] = set()  # series of models that are gone
         self._stepped: dict[int, int] = {}  # optimizer -> backward count at its last step
@@ -222,8 +256,8 @@ class Pairing:
         self._waiting: list[Measured] = []
         self._ids: dict[int, tuple[int, frozenset[int]]] = {}  # optimizer -> its parameters
         self._silent_steps = 0
-        self._looks = 0
-        self._unscaled = False
+        self._scaler_steps = False  # a GradScaler writes to gradients right before the step
+        self._written = False  # whether anything had before
         self.step_site = ""
 
     # --- clip calls
@@ -233,8 +267,12 @@ class Pairing:
         if not call.grads:
             self._nothing_to_clip(call)
             return None
+        # First of all, since other ranks may wait for this one's part of it.
+        p = call.norm_type if call.norm_type is not None else self._norm_type
+        norm, each = self._norm_of_call(call, p)
         series = self._series_of(call)
-        norm, each = self._norm_of_call(call, series)
+        if call.total_norm is not None and call.total_norm.dtype == torch.float16:
+            self.half_sites[series.name] = call.site
         event = Event(
             series, norm, each, call.kind, call.asked, self.backwards.count, [], len(call.grads)
         )
@@ -256,10 +294,9 @@ class Pairing:
     def _add(self, event: Event) -> None:
         if self.events:
             now, alive = self.backwards.count, self.backwards.alive
-            self.events = [e for e in self.events if not (e.used and alive and e.backward < now)][
-                -MOST_PENDING:
-            ]
-            event.repeats = alive and any(_had_these(e, event, now) for e in self.events)
+            over = [e for e in self.events if e.used and (not alive or e.backward < now)]
+            self.events = [e for e in self.events if e not in over][-MOST_PENDING:]
+            event.repeats = any(_had_these(e, event, now, sure=alive) for e in self.events)
         self.events.append(event)
 
     def _misplaced(self, site: str) -> None:
@@ -331,12 +368,11 @@ class Pairing:
             parameters=sum(p.numel() for p in {id(p): p for p in call.parameters}.values()),
         )
 
-    def _norm_of_call(self, call: ClipCall, series: Series) -> tuple[Norm, EachNorm | None]:
+    def _norm_of_call(self, call: ClipCall, norm_type: float) -> tuple[Norm, EachNorm | None]:
         given = call.total_norm
         if given is None or (call.kind == "norm" and (self._each or given.dtype in gradients.HALF)):
             with_grad = [p for p in call.parameters if p.grad is not None]
-            norm, each = self.measure(with_grad, series.norm_type)
-            self._look_for_overflow(call, norm)
+            norm, each = self.measure(with_grad, norm_type)
             return norm, each
         if self.meet is not None and gradients.is_shared(given):
             self.meet()
@@ -345,15 +381,8 @@ class Pairing:
         if isinstance(norm, Tensor):
             return norm.clone(), None  # the caller may write to its own
         if call.kind == "norm" and not 0.0 < norm < math.inf:
-            norm = gradients.rescued(given, call.grads, series.norm_type).item()
+            norm = gradients.rescued(given, call.grads, norm_type).item()
         return norm, None
-
-    def _look_for_overflow(self, call: ClipCall, norm: Norm) -> None:
-        """Half precision overflows above 65504; only the CPU can be asked without waiting."""
-        if call.total_norm is None or isinstance(norm, Tensor):
-            return
-        if math.isfinite(norm) and gradients.whole(call.total_norm).isinf().item():
-            self._report("half-precision-overflow", call.site)
 
     def measure(
         self, parameters: Sequence[Tensor], norm_type: float | None = None
@@ -366,11 +395,18 @@ class Pairing:
         else:
             self.meet()
             total = gradients.on_host(gradients.total_norm(grads, p, like=parameters))
-        if not self._each:
+        if not self._each or not grads:
             return total, None
         norms = gradients.norms_of_each(grads, p)
         stacked = torch.stack([n.to(norms[0].device) for n in norms])
         return total, EachNorm(tuple(map(id, parameters)), stacked)
+
+    def stand_in(self, parameters: Sequence[Tensor]) -> None:
+        """Where this step went wrong here: do this rank's part of the norm that others wait for."""
+        now = self.backwards.count
+        clipped = any(not e.used and e.backward == now for e in self.events)
+        if self.meet is not None and not clipped:
+            self.measure(parameters)
 
     # --- backward passes and scalers
 
@@ -388,9 +424,13 @@ class Pairing:
         self.events.append(event)
         return event
 
-    def unscaled(self, parameters: Iterable[Tensor], scale: Tensor) -> None:
-        """A GradScaler divides these gradients now: earlier clip calls saw them scaled."""
-        self._unscaled = True
+    def unscaled(self, parameters: Sequence[Tensor], scale: Tensor, *, done: bool) -> None:
+        """A GradScaler divides these gradients: earlier clip calls saw them scaled."""
+        if done:
+            self.backwards.look_again()
+        else:
+            self._scaler_steps = True
+            self._written = self.backwards.written_since(frozenset(map(id, parameters)))
         ids = {id(p) for p in parameters}
         for event in self.events:
             fresh = not event.used and event.backward == self.backwards.count
@@ -413,6 +453,9 @@ class Pairing:
             compiled: Whether a compiled function has clipped them, unseen.
         """
         ids = self._ids_of(optimizer, parameters)
+        if self.backwards.spoiled:
+            self._report(self.backwards.spoiled, "a compiled function")
+            self.backwards.spoiled = ""
         with_grad = [p for p in parameters if p.grad is not None]
         valid = self._valid_events(ids) if self.events else []
         result = Step(rows=self._waiting, uncovered=with_grad, clipped=bool(valid))
@@ -427,10 +470,8 @@ class Pairing:
             result.uncovered = list(parameters)  # other ranks may have gradients of them
         elif not with_grad:
             self._report("no-gradients", name)
-        elif not compiled:
-            self._looks += 1
-            if self._looks <= LOOK_AT_FIRST or self._looks % LOOK_EVERY == 0:
-                self._look_for_unseen_changes(with_grad, name)
+        elif self.backwards.looking and not compiled:
+            self._look_for_unseen_changes(with_grad, ids, name)
         return result
 
     def _ids_of(self, optimizer: Any, parameters: Sequence[Tensor]) -> frozenset[int]:
@@ -444,10 +485,9 @@ class Pairing:
     def step_done(self, optimizer: Any) -> None:
         """The optimizer has used its gradients."""
         self._stepped[id(optimizer)] = self.backwards.count
-        self._unscaled = False
-        self.backwards.after.clear()  # optimizers may write to gradients
-        if not self.backwards.alive:
-            self.events = [e for e in self.events if not e.used]
+        self._scaler_steps = False
+        if self.backwards.after:
+            self.backwards.used(self._ids.get(id(optimizer), (0, frozenset[int]()))[1])
 
     def forget(self, optimizer: Any) -> None:
         """A new optimizer may have the number of one that is gone."""
@@ -473,6 +513,19 @@ class Pairing:
             self._series[key] = known
         return known
 
+    def compiled_series(self, parameters: Sequence[Tensor]) -> Series:
+        """The series of a clip call inside a compiled function, one for each set of parameters."""
+        ids = frozenset(map(id, parameters))
+        key = ("compiled clip", ids)
+        known = self._series.get(key)
+        if known is None:
+            numbers = sum(p.numel() for p in parameters)
+            n = 1 + sum(series.by == "compiled clip" for series in self._series.values())
+            name = "compiled clip" if n == 1 else f"compiled clip ({n})"
+            known = Series(name, "compiled clip", self._norm_type, ids, len(ids), numbers)
+            self._series[key] = known
+        return known
+
     def _valid_events(self, mine: frozenset[int]) -> list[Event]:
         """For each series among the waiting events the one that this step's gradients prove."""
         sets: dict[Series, list[Event]] = {}
@@ -490,6 +543,9 @@ class Pairing:
         if last.replaced():
             self._stale([e for e in events if not e.used])
             return None
+        if last.used and not self.backwards.alive and last.changed():
+            self.events = [e for e in self.events if e not in events]
+            return None  # other gradients in the same tensors
         ran_since = self.backwards.alive and self.backwards.count > last.backward
         if last.changed() and ran_since:
             self._backward_after_clip(events)
@@ -498,7 +554,8 @@ class Pairing:
         older = [e for e in events if e.backward < last.backward and not e.used]
         if older and self.backwards.alive:
             self._older_events(older, last)
-        self.events = [e for e in self.events if e not in older]
+        over = older + current[1:]  # the same gradients once more, clipped already
+        self.events = [e for e in self.events if e not in over]
         return current[0]
 
     def _stale(self, events: list[Event]) -> None:
@@ -545,6 +602,8 @@ class Pairing:
             if len(group) > MANY_SETS:
                 rows.append(self._one_by_one(site, group))
             else:
+                if len({e.series for e in group if e.kind == "norm"}) > 1:
+                    self._report("clip-by-parts", site, n=len(group))
                 rows += [_measured(e) for e in _distinct(group)]
         return rows
 
@@ -561,15 +620,17 @@ class Pairing:
         norm = gradients.on_host(gradients.combined(norms, first.norm_type))
         return Measured(series, norm, None, events[0].asked)
 
-    def _look_for_unseen_changes(self, with_grad: list[Tensor], name: str) -> None:
+    def _look_for_unseen_changes(
+        self, with_grad: list[Tensor], ids: frozenset[int], name: str
+    ) -> None:
         """Gradients that no backward pass made, or that changed since, unseen by any clip call."""
         distributed = torch.distributed
-        if self._unscaled or (distributed.is_available() and distributed.is_initialized()):
-            return  # a GradScaler, or the reduction over ranks, wrote to them
+        if distributed.is_available() and distributed.is_initialized():
+            return  # the reduction over ranks wrote to them
         if not self.backwards.alive:
             self._look_for_copies(with_grad, name)
             return
-        if self.backwards.written_since():
+        if self._written if self._scaler_steps else self.backwards.written_since(ids):
             self._report("changed-in-place", name)
 
     def _look_for_copies(self, with_grad: list[Tensor], name: str) -> None:
@@ -596,13 +657,17 @@ def _uncovered(
     return [p for p in with_grad if id(p) not in covered]
 
 
-def _had_these(earlier: Event, event: Event, now: int) -> bool:
-    """Whether `earlier` had the gradients of `event` already, before anything clipped them."""
+def _had_these(earlier: Event, event: Event, now: int, *, sure: bool) -> bool:
+    """Whether `earlier` had the gradients of `event` already, before anything clipped them.
+
+    Unless backward passes are counted for `sure`, none may have written to them since.
+    """
     return (
         earlier.backward == now
         and not earlier.used
         and event.series.ids <= earlier.series.ids
         and not earlier.replaced()
+        and (sure or not earlier.changed())
     )
 
 

@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from types import ModuleType
 
+from normtune import storages
 from normtune.tasks import OUTPUT, Outcome, Task
 
 # What every training needs and what takes seconds to import; optimizers import torch._dynamo.
@@ -138,6 +139,8 @@ def _without_main() -> Iterator[None]:
 
 def _in_child(task: Task, job: str) -> None:
     os.setsid()  # a group of its own: Ctrl-C goes to the controller, which ends the group
+    os.environ.pop(storages.VARIABLE, None)  # it may hold a password, and loggers keep both
+    del sys.argv[1:]
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _redirect(task)
     faulthandler.enable()

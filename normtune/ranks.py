@@ -67,7 +67,7 @@ class Ranks:
             from torch.distributed.distributed_c10d import _get_default_store
 
             self._store = _get_default_store()
-            if self._store.add(f"{self._name}/here", 1) == self.size:
+            if self._store is not None and self._store.add(f"{self._name}/here", 1) == self.size:
                 self._settle("all")
 
     @property

@@ -20,7 +20,6 @@ from normtune import findings, gradients, interception, optimizers, ranks, recor
 from normtune.belt import Belt
 from normtune.buffer import SURE_AFTER, Buffer
 from normtune.errors import NormtuneError, RecordError
-from normtune.interception import COMPILED
 from normtune.learning_rates import ScaledRates
 from normtune.pairing import Measured
 from normtune.records import FileStore, Finding, MemoryStore, NormRecord
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 FLUSH_EVERY = 100  # steps
 FLUSH_SECONDS = 2.0
+LARGEST_HALF = 65504.0
 
 
 class NormRecorder(Watcher):
@@ -51,7 +51,8 @@ class NormRecorder(Watcher):
             of names to parameters, ``model.named_parameters()``, or ``"param_groups"``.
         flush_every: Steps between two writes; each reads the device at most once.
         resume: Continue the last attempt in `path`: steps count on from there.
-        metadata: Facts of your own for the header (batch size, commit, ...), JSON values.
+        metadata: Facts of your own for the header (batch size, commit, ...), JSON values;
+            ``schedule_steps``, the length of the training, lets a short record be doubted.
         lr_factor: Multiplies the learning rates during the arithmetic of each step only.
 
     Raises:
@@ -105,7 +106,7 @@ class NormRecorder(Watcher):
         self._complained: set[str] = set()
         self._failed = False
         self._closed = False
-        self._lingers = False  # closed, but other ranks may wait for it in one norm more
+        self._lingers = False  # it is over, but other ranks may wait for it in one norm more
         self._flushed_at = time.monotonic()
         self._metadata = dict(metadata or {})
         continues, counts = _last_steps(path) if resume else ({}, {})
@@ -132,7 +133,7 @@ class NormRecorder(Watcher):
         if value is not None:
             value = _positive(value)
         self._max_norm = value
-        self._impose_on_compiled()
+        interception.impose_on_compiled()
 
     @property
     def n_steps(self) -> int:
@@ -155,7 +156,14 @@ class NormRecorder(Watcher):
         return tuple(self._findings.values())
 
     def suggest(self, **options: Any) -> Suggestion:
-        """Suggest a max_norm from the norms so far; `options` as for `normtune.suggest`."""
+        """Suggest a max_norm from the norms so far.
+
+        Args:
+            options: As for `normtune.suggest`.
+
+        Returns:
+            The suggestion.
+        """
         from normtune.suggestion import suggest
 
         return suggest(self.record, **options)
@@ -170,6 +178,9 @@ class NormRecorder(Watcher):
         Args:
             n_steps: Length of the warm-up, at least 30 steps.
             rule: As for `normtune.suggest`.
+
+        Raises:
+            ValueError: If `n_steps` is less.
         """
         if not isinstance(n_steps, int) or n_steps < 30:
             message = f"n_steps must be a whole number of at least 30 but got {n_steps!r}"
@@ -232,13 +243,25 @@ class NormRecorder(Watcher):
     def flush(self) -> None:
         """Read the waiting norms from the device, in one go, and write them."""
         self._flushed_at = time.monotonic()
-        self._buffer.flush()
+        norms = self._buffer.flush()
+        self._name_overflows(norms)
+        self._arrived(norms)
         if not self._ranks.compared:
             self._compare_ranks()
         self._buffer.tell(self._findings, last=self._closed)
         error = self._buffer.store.error
         if error is not None:
             self._complain_once(f"cannot write its record for now: {error.strerror}")
+
+    def _name_overflows(self, norms: Sequence[tuple[str, float]]) -> None:
+        """Where torch's own norm is fp16, it is inf for what fp32 holds."""
+        for series, norm in norms if self._pairing.half_sites else ():
+            site = self._pairing.half_sites.get(series)
+            if site is not None and LARGEST_HALF < norm < math.inf:
+                self._report("half-precision-overflow", site)
+
+    def _arrived(self, norms: Sequence[tuple[str, float]]) -> None:
+        """Look at what a flush brought to the host; the recorder of a run looks for its end."""
 
     def close(self) -> None:
         """Write what waits and stop watching; the optimizer is as before."""
@@ -256,7 +279,7 @@ class NormRecorder(Watcher):
             self._complain_once(f"could not write all of the record: {self._buffer.store.error}")
         self._finalizer.cancel()
         self._max_norm = None
-        self._impose_on_compiled()
+        interception.impose_on_compiled()
         if self._pairing.meet is None or not self._ranks.leave():
             self._detach()
         self._lingers = True
@@ -290,7 +313,11 @@ class NormRecorder(Watcher):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the attempt that `state` comes from; steps count on from there."""
+        """Continue the attempt that `state` comes from; steps count on from there.
+
+        Args:
+            state: What `state_dict` gave.
+        """
         counts = {str(k): int(v) for k, v in state["steps"].items()}
         store = self._buffer.store
         facts = {k: v for k, v in store.head.items() if k not in ("normtune", "attempt", "time")}
@@ -345,19 +372,11 @@ class NormRecorder(Watcher):
                 holders = vars(optimizer).setdefault("_normtune_recorders", [])
                 holders[:] = [h for h in holders if h is not self] + [self] * held
 
-    def _impose_on_compiled(self) -> None:
-        """A compiled clip can look nothing up; all recorders of a process share one value."""
-        values = {
-            other._max_norm
-            for other in interception.listeners_of_thread()
-            if isinstance(other, NormRecorder) and other._max_norm is not None
-        }
-        COMPILED.imposed = values.pop() if len(values) == 1 else 0.0
-
     # --- the belt of a warm-up
 
     def _step_over(self) -> None:
-        self._end_warmup()
+        if self._belt is not None:
+            self._end_warmup()
         self._maybe_flush()
         if self._lingers and self._ranks.left:
             self._detach()
@@ -394,6 +413,8 @@ class NormRecorder(Watcher):
         )
 
     def _maybe_flush(self) -> None:
+        if self._lingers:
+            return
         waiting = len(self._buffer)
         if not self._ranks.posted and self.n_steps >= ranks.FIRST:
             self.flush()
@@ -426,15 +447,22 @@ class NormRecorder(Watcher):
         except Exception as error:
             if self._max_norm is not None or self._rates:
                 raise
-            self._failed = True
-            if self._lingers:
-                self._detach()
-                return None
-            with suppress(Exception):
-                self._ranks.leave()
-            reason = f"{type(error).__name__}: {error}"
-            self._complain_once(f"stopped recording, training goes on ({reason})")
+            self._stop(error)
             return None
+
+    def _stop(self, error: Exception) -> None:
+        """Record no more; but other ranks may have begun with one norm more that needs this one."""
+        if self._lingers:
+            self._failed = True
+            self._detach()
+            return
+        helps = False
+        if self._pairing.meet is not None:
+            with suppress(Exception):
+                helps = self._ranks.leave()
+        self._lingers, self._failed = helps, not helps
+        reason = f"{type(error).__name__}: {error}"
+        self._complain_once(f"stopped recording, training goes on ({reason})")
 
     def _complain_once(self, sentence: str) -> None:
         what = sentence.partition(":")[0]  # a disk may refuse for several reasons in turn

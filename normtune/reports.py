@@ -84,7 +84,7 @@ def content_of(
 
 def _of_study(path: str, asked: Asked, made_by: Mapping[str, object]) -> Content:
     from normtune import stored
-    from normtune.ledger import masked
+    from normtune.storages import masked
 
     options = asked.given
     wrong = [key for key in options if key != "storage"]

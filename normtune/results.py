@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from normtune import markup, records
 from normtune.comparison import ArmRow, Verdict
 from normtune.format import count, number
+from normtune.fresh import Margin
 from normtune.trials import Settings, Trial
 
 if TYPE_CHECKING:
@@ -91,20 +92,35 @@ def format_result(result: SearchResult) -> str:
     """The table of arms, the sentence, and what it says of the suggestion."""
     verdict = result.verdict
     lines = [runs_line(result), result.why_ended, ""]
-    if verdict.arms:
-        lines += [*_table(verdict.arms), ""]
+    lines += [*_table((*verdict.arms, *verdict.explored)), ""]
     lines += [verdict.sentence, about_suggestion(result)]
-    lines += [f"  - {note}" for note in (*verdict.notes, *result.notes)]
+    lines += [f"  - {note}" for note in points(result)]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _html(result: SearchResult) -> str:
     verdict = result.verdict
     head = markup.text(runs_line(result))
-    table = markup.table(HEADER, [row(arm) for arm in verdict.arms]) if verdict.arms else ""
+    table = markup.table(HEADER, [row(arm) for arm in (*verdict.arms, *verdict.explored)])
     said = f"<p><b>{markup.text(verdict.sentence)}</b></p>"
     about = f"<p>{markup.text(about_suggestion(result))}</p>"
-    return f"<p>{head}</p>{said}{about}{table}{markup.points((*verdict.notes, *result.notes))}"
+    return f"<p>{head}</p>{said}{about}{table}{markup.points(points(result))}"
+
+
+def points(result: SearchResult) -> tuple[str, ...]:
+    """What is to be known beside the sentence: the margin, the verdict's notes, the search's."""
+    verdict = result.verdict
+    return tuple(filter(None, (margin_words(verdict.margin), *verdict.notes, *result.notes)))
+
+
+def margin_words(margin: Margin) -> str:
+    """What counts as equal, in loss units, percent and sd; empty where it is not known yet."""
+    if not math.isfinite(margin.loss):
+        return ""
+    size = f"{number(margin.loss)}, which is {number(margin.percent)} %"
+    sd = f"{number(margin.sd)} sd of a single run" if math.isfinite(margin.sd) else "no sd known"
+    whose = f"yours; {sd}" if margin.source == "user" else margin.source
+    return f"what counts as equal: within {size} ({whose})"
 
 
 def runs_line(result: SearchResult) -> str:
@@ -128,7 +144,7 @@ def _table(arms: Sequence[ArmRow]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     return [
         "  "
-        + "   ".join(
+        + "  ".join(
             cell.ljust(w) if i in (0, len(HEADER) - 1) else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
@@ -138,24 +154,40 @@ def _table(arms: Sequence[ArmRow]) -> list[str]:
 
 def row(arm: ArmRow) -> tuple[str, ...]:
     """The cells of an arm, as `HEADER` names them."""
-    free = f" ({arm.free} free)" if arm.free else ""
     return (
         arm.label,
         number(arm.max_norm) if math.isfinite(arm.max_norm) else "none",
         f"{number(arm.lr_factor)}x",
         f"{100 * arm.clip_share:.0f} %" if math.isfinite(arm.clip_share) else "",
-        f"{arm.failed} of {arm.seeds}{free}",
+        _failed(arm),
         _figure(arm.mean),
         _figure(arm.sd),
         _against_none(arm),
     )
 
 
+def _failed(arm: ArmRow) -> str:
+    if not arm.seeds:
+        return "1 of 1" if arm.failed else ""
+    free = f" ({arm.free} free)" if arm.free else ""
+    return f"{arm.failed} of {arm.seeds}{free}"
+
+
 def _against_none(arm: ArmRow) -> str:
+    if arm.free and arm.free >= arm.seeds:
+        return "same as no clipping" + (" on one seed" if not arm.seeds else "")
+    if not arm.seeds:
+        return _on_one_seed(arm)
     if not math.isfinite(arm.delta):
         return ""
     ends = f" ({arm.delta_low:+.3g} to {arm.delta_high:+.3g})"
     return f"{arm.delta:+.3g}" + (ends if math.isfinite(arm.delta_low) else "")
+
+
+def _on_one_seed(arm: ArmRow) -> str:
+    if math.isfinite(arm.delta):
+        return f"{arm.delta:+.3g} on one seed only"
+    return "one seed only" if arm.failed or math.isfinite(arm.mean) else "not tried"
 
 
 def _figure(value: float) -> str:
@@ -185,8 +217,9 @@ WORDS_CURRENT = {
 def about_suggestion(result: SearchResult) -> str:
     """What the verdict says of the suggestion: against no clipping, the best and the current."""
     verdict, settings = result.verdict, result.settings
-    if verdict.kind == "none":
-        return f"the suggestion {number(settings.suggestion)} was not tried on fresh seeds"
+    if not any("suggestion" in arm.label for arm in verdict.arms):
+        within = "" if verdict.kind == "none" else " within this budget: nothing is said of it"
+        return f"the suggestion {number(settings.suggestion)} had no fresh seeds{within}"
     vs_best = WORDS_BEST[verdict.suggestion_vs_best]
     best = "" if verdict.suggestion_vs_best == "best" else f" ({number(verdict.best)})"
     text = (

@@ -1,4 +1,7 @@
-"""Rules that turn norms into one max_norm, each with its source."""
+"""Rules that turn norms into one max_norm, each with its source.
+
+A rule is a function of the finite norms of a run, shape ``(n,)``, that gives a max_norm.
+"""
 
 from __future__ import annotations
 
@@ -158,6 +161,9 @@ class Rule:
             norms: Finite norms in the order of the steps.
             ordered: The same norms, sorted.
             effective: Effective sample size for this rule's percentile.
+
+        Returns:
+            Its lower and its upper end; inf where the sample gives no upper bound.
         """
         if not math.isnan(self.percentile):
             plain = statistics.percentile_interval(ordered, self.percentile, effective=effective)
@@ -174,6 +180,9 @@ def parse(rule: str | RuleFunction | None) -> Rule:
     Args:
         rule: ``"p90"``, ``"p97.5"``, ``"median_multiple"``, ``"median_multiple:3"``,
             ``"pascanu:5"``, a function of an array, or None for p90.
+
+    Returns:
+        The rule with its name and its label.
 
     Raises:
         ValueError: If there is no such rule.

@@ -12,7 +12,7 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from normtune import gradients
+from normtune.divergence import Divergence
 from normtune.errors import StudyError
+from normtune.pruning import Pruner
 from normtune.recorder import NormRecorder
 from normtune.tasks import THREAD_VARIABLES, Ending, Outcome, Task
 
@@ -39,6 +42,11 @@ class _Recorder(NormRecorder):
     """A recorder that tells its run of every step, and of its own failures."""
 
     run: Run
+    divergence: Divergence | None = None
+
+    def _arrived(self, norms: Sequence[tuple[str, float]]) -> None:
+        if self.divergence is not None and not self.run.diverged:
+            self.run.diverged = self.divergence.saw(norms)
 
     def step_ends(self, optimizer: Any) -> None:
         super().step_ends(optimizer)
@@ -65,6 +73,8 @@ class Run:
         record: The record file; None keeps the norms in memory.
         stop_after: End the training after so many steps.
         metadata: Facts for the header of the record.
+        stop_diverged: End the training where its norms are no longer finite, or explode.
+        pruner: Tells which reports are hopeless; None ends no run for that.
     """
 
     def __init__(
@@ -79,6 +89,8 @@ class Run:
         record: str | os.PathLike[str] | None = None,
         stop_after: int | None = None,
         metadata: Mapping[str, Any] | None = None,
+        stop_diverged: bool = False,
+        pruner: Pruner | None = None,
     ) -> None:
         self.seed = seed
         self.params: dict[str, Any] = dict(params or {})
@@ -90,6 +102,9 @@ class Run:
         self.values: list[tuple[int, float]] = []
         self.ended: tuple[Ending, str] | None = None
         self.leave: Callable[[], None] | None = None
+        self.diverged = ""  # why, where its norms say so
+        self._stop_diverged = stop_diverged
+        self._pruner = pruner
         self._record = record
         self._stop_after = stop_after
         self._metadata = dict(metadata or {})
@@ -100,6 +115,12 @@ class Run:
         Args:
             optimizers: All the optimizers of the training, in one call.
             metadata: Facts of your own for the header of the record, JSON values.
+
+        Returns:
+            The recorder; it is closed when the run ends.
+
+        Raises:
+            TrainError: If it is called twice, or without an optimizer.
         """
         if self.recorder is not None or not optimizers:
             message = "call run.watch once, with all optimizers of the training: run.watch(a, b)"
@@ -112,6 +133,8 @@ class Run:
             metadata=self._metadata | dict(metadata or {}),
         )
         recorder.run = self
+        if self._stop_diverged:
+            recorder.divergence = Divergence(lambda: not gradients.all_finite(recorder._parameters))
         self.recorder = recorder
         return recorder
 
@@ -127,6 +150,9 @@ class Run:
         self.values.append((len(self.values) + 1 if step is None else int(step), number))
         if not math.isfinite(number):
             self._end("diverged", f"the reported value was {number}")
+        why = self._pruner.why(self.values) if self._pruner else ""
+        if why:
+            self._end("pruned", why)
 
     def _returned(self, value: object) -> None:
         """Take what `train` returned for its last report."""
@@ -139,6 +165,8 @@ class Run:
 
     def _after_step(self) -> None:
         self._stay_ended()
+        if self.diverged:
+            self._end("diverged", self.diverged)
         steps = self.recorder.n_steps if self.recorder is not None else 0
         if self._stop_after is not None and steps >= self._stop_after:
             self._end("stopped", f"{self._stop_after} warm-up steps are recorded")
@@ -183,6 +211,8 @@ def carry_out(task: Task) -> None:
         record=task.record_path,
         stop_after=task.stop_after,
         metadata=task.metadata,
+        stop_diverged=not task.finish_diverged,
+        pruner=task.pruner,
     )
     started = time.perf_counter()
 
@@ -215,6 +245,9 @@ def _judge(run: Run) -> tuple[Ending, str]:
     if not run.values:
         message = "train reported nothing: call run.report(value) or return the validation value"
         return "unusable", message
+    run.recorder.flush()
+    if run.diverged:
+        return "diverged", run.diverged
     value = run.values[-1][1]
     if not math.isfinite(value):
         return "diverged", f"the last value was {value}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from normtune import processes
+from normtune.assignments import carried_out, warmup_task
 from normtune.baseline import settings_from
-from normtune.controller import Controller, Listener, Progress, carried_out, warmup_task
+from normtune.controller import Controller, Listener, Progress
 from normtune.errors import StudyError
-from normtune.ledger import Ledger, exists, explained
+from normtune.ledger import Ledger
 from normtune.plan import describe_plan
 from normtune.records import SUFFIX, NormRecord
 from normtune.results import SearchResult
+from normtune.storages import check_shared, exists, explained, quiet
 from normtune.study import Study, duration, load_study
 from normtune.suggestion import Suggestion, suggest
 from normtune.trials import Trial
@@ -49,6 +52,9 @@ def record_study(
         path: The study file.
         output: The record file; ``<name>.norms.jsonl`` beside the study file without it.
 
+    Returns:
+        The record, its file and the suggestion.
+
     Raises:
         StudyError: If the study file or the training is at fault.
         SuggestionError: If the recorded norms cannot carry a suggestion.
@@ -76,11 +82,15 @@ def search(
     Args:
         path: The study file.
         max_runs: The budget, instead of the file's.
-        jobs: How many trainings run at a time, instead of the file's.
-        storage: An Optuna storage URL, instead of the file's.
+        jobs: How many trainings run at a time on this machine, instead of the file's; 0 leaves
+            them all to workers.
+        storage: An Optuna storage URL, instead of the file's or the environment's.
         time_limit: How long a training may take, instead of the file's: seconds, or ``"30 min"``.
         progress: Is called with a `Progress` whenever something happens.
         verbose: Whether that includes the lines that the trainings print.
+
+    Returns:
+        The verdict, the suggestion and every training.
 
     Raises:
         StudyError: If the study file or the training is at fault, if the study changed since it
@@ -90,11 +100,11 @@ def search(
     study = _overridden(
         load_study(path), max_runs=max_runs, jobs=jobs, storage=storage, time_limit=time_limit
     )
-    with _locked(study), explained(study.storage):
-        if study.config.command is None:
+    with _locked(study) as place, explained(study.storage), quiet():
+        if study.config.command is None and study.config.search.jobs:
             processes.warm_up()
-        controller = Controller(study, progress or (lambda _: None), verbose=verbose)
-        return controller.run()
+        tell = progress or (lambda _: None)
+        return Controller(study, tell, verbose=verbose, place=place).run()
 
 
 def plan_of(
@@ -109,6 +119,9 @@ def plan_of(
         path: The study file, or a study that has none yet.
         max_runs: The budget, instead of the file's.
         storage: An Optuna storage URL, instead of the file's.
+
+    Returns:
+        Lines of text.
     """
     study = path if isinstance(path, Study) else load_study(path)
     study = _overridden(study, max_runs=max_runs, storage=storage)
@@ -120,7 +133,7 @@ def plan_of(
         ledger = Ledger(study.storage, study.name, study.config.direction)
         trials = ledger.trials()
         settings = replace(ledger.settings or settings, max_runs=config.max_runs)
-    return describe_plan(settings, trials, jobs=config.jobs)
+    return describe_plan(settings, trials, jobs=max(config.jobs, 1))
 
 
 def _overridden(
@@ -136,13 +149,15 @@ def _overridden(
         message = f"time_limit must be above 0 s but got {time_limit!r}"
         raise ValueError(message)
     given = {"max_runs": max_runs, "jobs": jobs, "storage": storage, "time_limit": seconds}
-    for name, least in (("max_runs", 4), ("jobs", 1)):
+    for name, least in (("max_runs", 4), ("jobs", 0)):
         value = given[name]
         if isinstance(value, int) and value < least:
             message = f"{name} must be at least {least} but got {value}"
             raise ValueError(message)
     asked = {key: value for key, value in given.items() if value is not None}
     config = study.config.search.model_copy(update=asked)
+    if config.jobs == 0:
+        check_shared(storage or study.storage, "normtune search --jobs 0, with workers,")
     shared = study.config.metric_file is not None and "{run_dir}" not in study.config.metric_file
     if shared and config.jobs > 1:
         message = (
@@ -155,8 +170,8 @@ def _overridden(
 
 
 @contextlib.contextmanager
-def _locked(study: Study) -> Iterator[None]:
-    """One controller at a time: two would run everything twice."""
+def _locked(study: Study) -> Iterator[str]:
+    """One controller at a time: two would run everything twice; a name of the lock."""
     import fcntl
 
     try:
@@ -171,4 +186,9 @@ def _locked(study: Study) -> Iterator[None]:
         except OSError:
             message = f"another normtune works on this study already: {study.path}"
             raise StudyError(message) from None
-        yield
+        file.seek(0)
+        name = file.read() or uuid.uuid4().hex
+        if not file.tell():
+            file.write(name)
+            file.flush()
+        yield name

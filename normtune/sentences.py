@@ -141,6 +141,12 @@ def _lead(runs: Runs) -> str:
 def notes(runs: Runs, found: Mapping[str, Comparison], margin: Margin) -> tuple[str, ...]:
     """Further sentences: the margin, identical runs, clipping at the lower rate."""
     said = [f"margin: {margin.note}"] if margin.note else []
+    if runs.settings.raised:
+        times = "once" if runs.settings.raised == 1 else f"{runs.settings.raised} times"
+        said.append(
+            f"the budget was raised {times} after a verdict; each time halves the error that is "
+            "allowed to a claim, since another look is another chance to be right by luck"
+        )
     said += [f"{name}: identical runs" for name, c in found.items() if c.reason == "identical"]
     for i, arm in enumerate(runs.arms.lower, start=1):
         c = found.get(f"clipped lower {i} vs lower {i}")

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from normtune.baseline import first_steps, load_record
 from normtune.comparison import verdict
 from normtune.errors import RecordError, StudyError, SuggestionError
-from normtune.ledger import Ledger, exists, masked
+from normtune.ledger import Ledger
 from normtune.plan import next_runs
 from normtune.results import SearchResult
+from normtune.storages import exists, masked
 from normtune.study import Study, load_study
 from normtune.suggestion import Suggestion, suggest
 from normtune.trials import same
@@ -29,14 +30,27 @@ def load_result(path: str | os.PathLike[str], *, storage: str | None = None) -> 
         path: The study file.
         storage: An Optuna storage URL, instead of the file's.
 
+    Returns:
+        The verdict, the suggestion and every training so far.
+
     Raises:
         StudyError: If the study file is at fault, or its search has no result yet.
     """
     study = _study(path, storage)
-    ledger = _ledger(study)
+    return result_from(study, _ledger(study))
+
+
+def result_from(study: Study, ledger: Ledger) -> SearchResult:
+    """What the study has found so far.
+
+    Raises:
+        StudyError: If its unclipped run has not ended.
+    """
     settings, trials = ledger.settings, ledger.trials()
     if settings is None:
-        message = f"{path}: the unclipped run has not ended yet, so there is nothing to compare"
+        message = (
+            f"{study.path}: the unclipped run has not ended yet, so there is nothing to compare"
+        )
         raise StudyError(message)
     return SearchResult(
         name=study.name,
@@ -45,7 +59,7 @@ def load_result(path: str | os.PathLike[str], *, storage: str | None = None) -> 
         suggestion=ledger.fact("suggestion", {}),
         settings=settings,
         trials=trials,
-        notes=tuple(ledger.fact("notes", [])),
+        notes=ledger.notes(),
         why_ended=next_runs(settings, trials).reason,
     )
 

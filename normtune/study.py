@@ -25,8 +25,13 @@ from pydantic import (
 
 from normtune import rules
 from normtune.errors import StudyError
+from normtune.storages import chosen
 from normtune.tasks import REPORTED
 
+# studies/README.md, "How long a warm-up": what counts is the share of the schedule, so a search
+# reads its whole unclipped run. Where only a warm-up is run, p90 of 200 steps lost about as much as
+# that of half of the schedule; p90 of fewer steps lost more and misjudged more of the trainings.
+WARMUP_STEPS = 200
 MAX_BYTES = 100_000
 MAX_DEPTH = 20
 METRIC_EXAMPLE = "val loss ([0-9.]+)"
@@ -87,10 +92,18 @@ class SearchConfig(_Strict):
         lr_runs: How many of them may look for a lower learning rate; the plan decides without it.
         margin: What counts as equal: loss units, or percent such as ``"1 %"``.
         value: Which of the reported values of a run counts.
-        jobs: How many trainings run at a time.
-        storage: An Optuna storage URL; a SQLite file beside the study file without it.
+        jobs: How many trainings run at a time on this machine; 0 leaves them all to workers.
+        storage: An Optuna storage URL; without it that of the environment variable
+            NORMTUNE_STORAGE, else a SQLite file beside the study file.
+        heartbeat: How often a worker says that it lives, in seconds; after three times that without
+            a word its run is given to another.
         time_limit: How long a training may take: seconds, or words such as ``"30 min"``.
         explore_fraction: How much of the schedule the runs before the confirmation train.
+        prune: Whether runs before the confirmation end early where they are hopeless, after half
+            of their schedule at the earliest.
+        finish_diverged: Whether runs go on to their end whose norms are no longer finite, or
+            explode.
+        min_seeds: The fewest fresh seeds of every arm that is compared; looks come from there on.
         seed: The seed of the first runs; fresh seeds count up from it.
     """
 
@@ -98,10 +111,14 @@ class SearchConfig(_Strict):
     lr_runs: int | None = Field(None, ge=0)
     margin: Annotated[float | str, BeforeValidator(_margin)] | None = None
     value: ValueRule = "last"
-    jobs: int = Field(1, ge=1)
+    jobs: int = Field(1, ge=0)
     storage: str | None = Field(None, min_length=1)
+    heartbeat: int = Field(60, ge=1)
     time_limit: Annotated[float, BeforeValidator(duration), Field(gt=0)] | None = None
     explore_fraction: float = Field(1.0, gt=0, le=1)
+    prune: bool = False
+    finish_diverged: bool = False
+    min_seeds: int | None = Field(None, ge=3, le=30)
     seed: int = Field(0, ge=0, lt=2**31)
 
 
@@ -119,7 +136,8 @@ class StudyConfig(_Strict):
         seed_inside: Whether torch, numpy and random are seeded inside the command.
         params: Handed to the training as ``run.params``.
         direction: Whether a lower or a higher value is better.
-        warmup_steps: How many unclipped steps the suggestion is read from.
+        warmup_steps: How many unclipped steps the suggestion is read from; without it a search
+            takes its whole unclipped run, and `normtune record` stops after 200.
         rule: The rule of the suggestion, such as ``p90``.
         device: ``cpu``, ``cuda``, ``cuda:1`` and so on; a GPU where there is one without it.
         threads: torch's threads in a run; cores divided by jobs without it.
@@ -133,7 +151,7 @@ class StudyConfig(_Strict):
     seed_inside: bool = False
     params: dict[str, Any] = Field(default_factory=dict)
     direction: Direction = "minimize"
-    warmup_steps: int = Field(200, ge=30)
+    warmup_steps: int | None = Field(None, ge=30)
     rule: str = "p90"
     device: str | None = Field(None, min_length=1)
     threads: int | None = Field(None, ge=1)
@@ -195,6 +213,8 @@ class StudyConfig(_Strict):
         wrong = [key for key, value in given.items() if value]
         if self.search.explore_fraction != 1.0:
             wrong.append("search.explore_fraction")
+        if self.search.prune:
+            wrong.append("search.prune")
         if wrong:
             message = f"{wrong[0]}: is for a train function; write it into the command itself"
             raise ValueError(message)
@@ -253,7 +273,7 @@ class Study:
     @property
     def storage(self) -> str:
         """The Optuna storage URL; a relative SQLite path is one relative to the study file."""
-        given = self.config.search.storage
+        given = chosen(self.config.search.storage)
         if given is None:
             return f"sqlite:///{self.folder / self.name}.db"
         match = re.fullmatch(r"sqlite:///(?!/)(.+)", given)
@@ -267,7 +287,7 @@ class Study:
         own = os.environ.get("OMP_NUM_THREADS", "") if self.config.command is not None else ""
         if own.isdecimal() and int(own) and not self.config.threads:
             return int(own)
-        return self.config.threads or max(1, cores() // jobs)
+        return self.config.threads or max(1, cores() // max(jobs, 1))
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change while a study goes on, flat: key -> value.
@@ -277,7 +297,7 @@ class Study:
         config = self.config.model_dump(mode="json")
         search = config.pop("search")
         params = config.pop("params")
-        may_change = ("max_runs", "jobs", "storage", "time_limit")
+        may_change = ("max_runs", "jobs", "storage", "heartbeat", "time_limit")
         flat = config | {f"params.{key}": value for key, value in params.items()}
         flat |= {f"search.{key}": v for key, v in search.items() if key not in may_change}
         if self.train_file is not None:

@@ -174,6 +174,9 @@ def suggest(
         optimizer: Class name of the optimizer; without it the record's own.
         series: Which series of a record file; without it the one with most steps.
 
+    Returns:
+        The suggestion with its interval, its candidates and its doubts.
+
     Raises:
         SuggestionError: If these norms cannot carry a suggestion: too few, all zero, all
             non-finite, already clipped. It is a `ValueError` too.

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normtune import records
+from normtune.pruning import Pruner
 
-Ending = Literal["finished", "diverged", "stopped", "crashed", "unusable"]
+Ending = Literal["finished", "diverged", "pruned", "stopped", "crashed", "unusable"]
 RECORD = f"run{records.SUFFIX}"
 RESULT = "result.json"
 OUTPUT = "output.txt"
@@ -46,6 +47,8 @@ class Task:
         seed_inside: Whether torch, numpy and random are seeded inside the command.
         metric: The pattern of the validation value in the command's output, or `REPORTED`.
         metric_file: The file that the command writes it to, and the key: ``path:key``.
+        finish_diverged: Whether a training whose norms say that it has diverged goes on.
+        pruner: Tells which reports are hopeless; None ends no run for that.
     """
 
     folder: Path
@@ -67,6 +70,8 @@ class Task:
     seed_inside: bool = False
     metric: str | None = None
     metric_file: str | None = None
+    finish_diverged: bool = False
+    pruner: Pruner | None = None
 
     @property
     def record_path(self) -> Path:
@@ -93,8 +98,8 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        ending: Finished, diverged, stopped after its warm-up, crashed, or unusable: the training
-            itself is at fault, and no other run would do better.
+        ending: Finished, diverged, pruned as hopeless, stopped after its warm-up, crashed, or
+            unusable: the training itself is at fault, and no other run would do better.
         values: The reported values as (step, value); a non-finite one ended the run.
         reason: Why it did not finish, in words.
         seconds: How long the training took.

@@ -14,6 +14,7 @@ Stage = Literal["explore", "lr", "confirm"]
 Direction = Literal["minimize", "maximize"]
 Arm = tuple[float, float]  # (max_norm, lr_factor)
 
+COMMON = (1.0, 10.0)  # what people use without measuring; always a row of the table
 LEARNED = 0.05  # a run no better than 5 % below its first report never learned (DESIGN 4)
 # ... unless the study's best run gained little more than it: then the first report came from a
 # model that was trained already, as in fine-tuning, and 5 % says nothing.
@@ -89,6 +90,8 @@ class Settings:
         explore_fraction: The share of the schedule that explore and learning-rate runs train.
         lr: The learning rate at factor 1.0, for the sentences; None where unknown.
         varied: What another seed varies, for the sentences.
+        min_seeds: The fewest fresh seeds of an arm that is compared; None takes the looks'.
+        raised: How often the budget was raised after a verdict over fresh seeds.
     """
 
     max_runs: int
@@ -107,6 +110,8 @@ class Settings:
     explore_fraction: float = 1.0
     lr: float | None = None
     varied: str = "all that the training draws from its seed"
+    min_seeds: int | None = None
+    raised: int = 0
 
     def __post_init__(self) -> None:
         """Refuse settings that no search can start from.

@@ -43,6 +43,8 @@ class Watcher(ABC):
         each: bool,
         lr_factor: float,
     ) -> None:
+        self.max_norm: float | None
+        self.overruled = False
         self.steps_begun = 0
         self._optimizers, self._parameters = found, parameters
         self._norm_type = norm_type
@@ -59,8 +61,10 @@ class Watcher(ABC):
         self._in_closure = False
         self._stepping = False
         self._clipped_after: int | None = None  # the backward pass that an imposed clip followed
+        self._began_after = -1  # the backward pass that the running step follows
         self._skip_after: int | None = None  # the backward pass whose step the belt leaves out
         self._own: dict[tuple[int, bool], Series] = {}
+        self._compiled: set[int] = set()  # clipped unseen, and not yet used by a step
 
     # --- what the recorder does with it
 
@@ -133,9 +137,10 @@ class Watcher(ABC):
         if self._measure == "step" and not inside:
             event = self._pairing.clip_begins(call)
         self._event = event
-        if self._max_norm is None:
+        if not self._imposes(call.site):
             return None
-        if event is not None and event.repeats and self._max_norm != math.inf:
+        again = inside and self._began_after == self._pairing.backwards.count
+        if again or (event is not None and event.repeats and self._max_norm != math.inf):
             return math.inf  # these gradients are clipped already
         limit = self._limit(event.norm) if event is not None else self._max_norm
         if event is None and limit != math.inf:
@@ -195,13 +200,16 @@ class Watcher(ABC):
 
     def step_begins(self, optimizer: Any, *, closure: bool) -> None:
         """See `interception.Listener`."""
-        self._guarded(self._step_begins, optimizer, closure=closure)
+        self._guarded(self._step_begins, optimizer, closure)
 
-    def _step_begins(self, optimizer: Any, *, closure: bool) -> None:
+    def _step_begins(self, optimizer: Any, closure: bool) -> None:  # noqa: FBT001  called often
         self.steps_begun += 1
         self._stepping, self._in_closure = True, False  # the last step may have raised
-        self._give_back_gradients()
-        if _capturing(optimizers.parameters(optimizer)):
+        self._began_after = self._pairing.backwards.count
+        if self._set_aside:
+            self._give_back_gradients()
+        parameters = optimizers.parameters(optimizer)
+        if _capturing(parameters):
             self._report("graph-capture", "")
             return
         if torch._C._current_graph_task_id() != -1:
@@ -209,9 +217,11 @@ class Watcher(ABC):
             return
         if closure:
             self._closure_rows = 0
+            self._scale_rates(optimizer)  # LBFGS reads its rate before it calls the closure
             return
-        self._gradients_ready(optimizer)
-        self._scale_rates(optimizer)
+        self._gradients_ready(optimizer, parameters)
+        if self._lr_factor != 1.0:
+            self._scale_rates(optimizer)
 
     def closure_begins(self, optimizer: Any) -> None:
         """See `interception.Listener`."""
@@ -230,7 +240,7 @@ class Watcher(ABC):
         self._closure_rows = (self._closure_rows or 0) + 1
         if self._closure_rows == 2:
             self._report("lbfgs", optimizers.name_of(optimizer))
-        self._gradients_ready(optimizer, record=first)
+        self._gradients_ready(optimizer, optimizers.parameters(optimizer), record=first)
         self._scale_rates(optimizer)
 
     def step_ends(self, optimizer: Any) -> None:
@@ -242,7 +252,8 @@ class Watcher(ABC):
         rates = self._rates.get(id(optimizer))
         if rates is not None:
             rates.restore()
-        self._give_back_gradients()
+        if self._set_aside:
+            self._give_back_gradients()
         self._closure_rows = None
         self._pairing.step_done(optimizer)
         self._step_over()
@@ -269,9 +280,10 @@ class Watcher(ABC):
         self._pairing.step_done(optimizer)
         self._maybe_flush()
 
-    def unscaled(self, optimizer: Any, scale: Tensor) -> None:
+    def unscaled(self, optimizer: Any, scale: Tensor, *, done: bool) -> None:
         """See `interception.Listener`."""
-        self._guarded(self._pairing.unscaled, optimizers.parameters(optimizer), scale)
+        parameters = optimizers.parameters(optimizer)
+        self._guarded(self._pairing.unscaled, parameters, scale, done=done)
 
     def _scale_rates(self, optimizer: Any) -> None:
         rates = self._rates.get(id(optimizer))
@@ -280,27 +292,23 @@ class Watcher(ABC):
         elif self._lr_factor != 1.0:
             raise NormtuneError(NO_RATE)
 
-    def _gradients_ready(self, optimizer: Any, *, record: bool = True) -> None:
+    def _gradients_ready(
+        self, optimizer: Any, parameters: list[Tensor], *, record: bool = True
+    ) -> None:
         """The gradients are those that the step will use: pair, measure, clip."""
-        self._settle_failed_clip()
-        parameters = optimizers.parameters(optimizer)
-        if self.steps_begun <= 3:
-            self._pairing.step_site = interception.call_site()
-            self._pairing.backwards.watch([p for p in parameters if p.grad is not None])
         scale, found_inf = optimizers.amp_marks(optimizer)
-        self._listen_to_new(parameters)
-        compiled = COMPILED.total_norm is not None
-        name = optimizers.name_of(optimizer)
-        step = self._pairing.step(optimizer, parameters, name, compiled=compiled)
-        if compiled:
-            self._take_compiled(step.rows, parameters)
-            step.clipped, step.uncovered = True, []
+        try:
+            step = self._paired(optimizer, parameters)
+        except Exception:
+            self._pairing.stand_in(parameters)
+            raise
         limit = None
         if step.uncovered:
             limit = self._measure_rest(step, optimizer, scale)
         if record:
             for row in step.rows:
-                row.skipped = row.skipped or (False if found_inf is None else found_inf)
+                if found_inf is not None:
+                    row.skipped = row.skipped or found_inf
                 self._keep(row, optimizer)
         # A loop that leaves such a step out by itself must not lose its next one.
         skip = self._skip_after == self._pairing.backwards.count
@@ -309,8 +317,27 @@ class Watcher(ABC):
             self._set_gradients_aside(parameters)
         elif step.uncovered and not step.clipped and limit not in (None, math.inf):
             self._clip_rest(step.uncovered, limit, scale)
-        elif self._measure == "backward" and self._max_norm is not None:
+        elif self._measure == "backward" and self._imposes(optimizers.name_of(optimizer)):
             self._impose_unseen(parameters, scale)
+
+    def _paired(self, optimizer: Any, parameters: list[Tensor]) -> Step:
+        """What clip calls have measured of these gradients, and what is left."""
+        if self._pairing.failed is not None:
+            self._settle_failed_clip()
+        if self.steps_begun <= 3:
+            self._pairing.step_site = interception.call_site()
+            self._pairing.backwards.watch([p for p in parameters if p.grad is not None])
+        self._listen_to_new(parameters)
+        compiled = COMPILED.acts_on(parameters)
+        name = optimizers.name_of(optimizer)
+        known = self._compiled  # mostly empty
+        unseen = compiled or (bool(known) and any(id(p) in known for p in parameters))
+        step = self._pairing.step(optimizer, parameters, name, compiled=unseen)
+        if compiled:
+            step.rows = [self._compiled_row()]
+        if self._compiled:
+            self._leave_compiled_out(step)
+        return step
 
     def _impose_unseen(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
         """With ``measure="backward"`` no clip call need come: impose right before the step."""
@@ -346,7 +373,14 @@ class Watcher(ABC):
             each = EachNorm(each.ids, each.norms / scale.to(each.norms.device)) if each else None
         series = self._own_series(optimizer, step.uncovered, rest=step.partly)
         step.rows.append(Measured(series, norm, each))
-        return None if self._max_norm is None else self._limit(norm)
+        return self._limit(norm) if self._imposes(optimizers.name_of(optimizer)) else None
+
+    def _imposes(self, site: str) -> bool:
+        """Whether this recorder has a max_norm, and the last word."""
+        if self._max_norm is not None and self.overruled:
+            self._report("overruled", site)
+            return False
+        return self._max_norm is not None
 
     def _clip_rest(self, uncovered: Sequence[Tensor], limit: float, scale: Tensor | None) -> None:
         grads = gradients.gradients_of(uncovered)
@@ -366,12 +400,23 @@ class Watcher(ABC):
                 parameter.grad = grad
         self._set_aside = []
 
-    def _take_compiled(self, rows: list[Measured], parameters: Sequence[Tensor]) -> None:
-        total, COMPILED.total_norm = COMPILED.total_norm, None
+    def _compiled_row(self) -> Measured:
+        total = COMPILED.total_norm
         assert total is not None  # noqa: S101  looked at by the caller
-        series = self._pairing.own_series("compiled clip", parameters, "compiled clip")
+        self._compiled = set(map(id, COMPILED.parameters))
+        series = self._pairing.compiled_series(COMPILED.parameters)
         norm = gradients.on_host(gradients.whole(total.detach()).clone())
-        rows[:] = [Measured(series, norm)]
+        return Measured(series, norm, asked=COMPILED.asked)
+
+    def _leave_compiled_out(self, step: Step) -> None:
+        """What a compiled clip call, for this step or one before, has measured and clipped."""
+        ids = set(map(id, step.uncovered))
+        if self._compiled.isdisjoint(ids):
+            return
+        step.clipped = True
+        step.uncovered = [p for p in step.uncovered if id(p) not in self._compiled]
+        step.partly = bool(step.uncovered)
+        self._compiled -= ids
 
     def _own_series(
         self, optimizer: Any, parameters: Sequence[Tensor] | None = None, *, rest: bool = False
@@ -400,5 +445,6 @@ def _unseen_shards(parameters: Sequence[Tensor]) -> bool:
 
 
 def _capturing(parameters: Sequence[Tensor]) -> bool:
-    on_cuda = bool(parameters) and parameters[0].is_cuda
-    return on_cuda and torch.cuda.is_current_stream_capturing()
+    if not parameters or not parameters[0].is_cuda:
+        return False
+    return torch.cuda.is_current_stream_capturing()

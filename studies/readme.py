@@ -1,4 +1,4 @@
-"""Write README.md of the studies from the stored sweep.
+"""Write README.md of the studies, and the answers in that of the project, from the stored sweep.
 
 python studies/readme.py
 """
@@ -14,21 +14,31 @@ import pandas as pd
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from pictures import draw_curves, draw_regret  # noqa: E402 - found through the line above
+import searches  # noqa: E402 - found through the line above
+from pictures import draw_curves, draw_regret  # noqa: E402
+from purposes import (  # noqa: E402
+    Pair,
+    pairs,
+    pairs_table,
+    sentences_table,
+    suggestion_table,
+    told,
+    trainings,
+)
 from rules import (  # noqa: E402
     Curve,
-    answer,
     candidates_table,
     configurations_table,
     curves,
     hopeless,
-    purposes_table,
     regrets,
     rules_table,
+    seeds_of,
+    short_table,
     warmup_rows,
     warmup_table,
 )
-from sweep import RESULTS, Row, Sweep  # noqa: E402
+from sweep import FURTHER, ONLINE, RESULTS, Row, Sweep  # noqa: E402
 
 ORDER = (
     "temporal_order",
@@ -59,17 +69,16 @@ data come with packages (the extra `studies`; `vowels` also needs `pip install -
 {count}
 
 `python studies/sweep.py` goes on with it where it stopped. Every run trains on one thread. A rule
-sees the first quarter of the unclipped run of seed 0, and its value serves all seeds. "Lost" is the
-mean over seeds of the loss at the rule's value minus that at the best value, which is chosen on the
-other seeds, as a share of the range between the untrained model and the best. A run that diverged
-or never got 5 % below its first loss has failed and counts as the untrained model. The "searched"
-rate is the best of the swept rates without clipping; with two or three rates a task and optimizer
-this is a coarse search. Intervals are 95 %, bootstrapped over the eight tasks: with so few tasks
-they are rough.
+sees the first quarter of the unclipped run of seed 0, and its value serves all seeds. Each was run
+at exactly its value, and so were 0.5, 1, 5 and 10; nothing is interpolated. "Lost" is the mean over
+seeds of the loss at the rule's value minus that at the best value, which is chosen on the other
+seeds, as a share of the range between the untrained model and the best. A run that diverged or
+never got 5 % below its first loss has failed and counts as the untrained model. The "searched" rate
+is the best of the swept rates without clipping; with two or three rates a task and optimizer this
+is a coarse search. Intervals are 95 %, bootstrapped over the eight tasks: with so few tasks they
+are rough.
 
 ## Which rule
-
-{answer}
 
 {rules}
 
@@ -98,29 +107,71 @@ the warm-up spoke for the run), and what it loses. Losses here are interpolated 
 
 {warmup}
 
+What counts is the share of the schedule: norms move on, mostly down. From less than half of it the
+share of steps clipped was off by more than three times about every second time, from half of it on
+rarely. Hence a search reads its whole unclipped run, which it has anyway, and a record that ends
+before half of a known schedule is doubted. What the value costs depends on it less: at the searched
+rate hardly, at other rates a longer warm-up loses less. Where only a warm-up is run, 200 steps are
+the default: a quarter of these schedules or more.
+
 ## What clipping was good for
 
-Configurations by what their mean losses say, the best clipped value chosen on other seeds. These
-are readings of means, not the verdicts of `normtune search`, which need fresh seeds. "Equal" is a
-gain within one sd of a run and two standard errors.
+The six sentences of `normtune search`, by its own verdict (`normtune.comparison`). The sweep chose
+the best clipped value of every configuration, and rates were added until the best one, with
+clipping and without, had neighbours within a factor 2 on both sides. Six fresh seeds that chose
+nothing confirm no clipping, the best value, p90, and the best two other rates without clipping,
+lower or higher. The margin is one sd of a single run. How many of the {n} trainings each sentence
+holds for:
 
-{purposes}
+{sentences}
+
+The same seeds on p90, the suggestion:
+
+{suggestions}
+
+With both rates searched, at the rate where clipping does best. {told}
+
+{pairs}
+
+"(open)" marks rates that don't surround the best one. The differences are losses with the interval
+of the verdict; a negative one is in favour of clipping. "Each at its best" sets clipping at its
+best rate against no clipping at its own, which may be the same one.
+`python studies/purposes.py run` trains what these tables need beyond the sweep.
+
+## What a search says
+
+`python studies/searches.py` searches four of these studies as a user would, with 60 trainings at
+most and six fresh seeds or more for the arms that stay in the running.
+
+{searches}
 
 ## Every configuration
 
 ![Loss over max_norm above the norms of the warm-up](results/curves.png)
 
-Points are means over seeds, the broken line is no clipping; below lie the norms of the warm-up.
-Green is a low rate, blue the searched one, red one that is too high; a failed run counts as
-the untrained model.
+Points are means over seeds within a band from the best to the worst seed, the ring is p90, and the
+broken line is no clipping; below lie the norms of the warm-up. Green is a low rate, blue the
+searched one, red and dark red are too high; a failed run counts as the untrained model.
 
 {configurations}
 
 "lost" and "clipped" (steps clipped over the whole run) are those of p90; losses are means of the
-runs that learned.
+runs of the sweep that learned. The sentence comes from the fresh seeds.
 
 Made with {environment}.
 """
+
+
+MARK = "<!-- from the stored sweep, by studies/readme.py -->"
+END = "<!-- until here -->"
+SHORT = """Over {count} small trainings of {tasks} tasks (SGD and AdamW, {seeds} paired seeds each;
+[the tables](studies/README.md)) this share of the range between the untrained and the best model
+was lost:
+
+{table}
+
+What clipping was good for, its learning rate and that of no clipping both searched, by the six
+sentences of `normtune search` on fresh seeds. {told}"""
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -142,13 +193,15 @@ def count(sweep: Sweep, all_curves: list[Curve]) -> str:
     seeds = pd.Series([len(c.scores) for c in all_curves]).value_counts().sort_index()
     told = ", ".join(f"{n} with {k} seeds" for k, n in seeds.items())
     free = sum(row["free"] for row in sweep.rows)
-    online = sum(row["arm"] != "clip" for row in sweep.rows)
+    online = sum(row["arm"] in ONLINE for row in sweep.rows)
+    further = sum(row["arm"] in FURTHER for row in sweep.rows)
     hours = sum(row["seconds"] for row in sweep.rows) / 3600
     out = ", ".join(hopeless(sweep)) or "none"
     return (
         f"{len(all_curves)} configurations of {len({c.study for c in all_curves})} studies "
         f"({told}); {len(sweep.rows)} runs, {free} of them copied from the unclipped run that they "
-        f"equal bit for bit, {online} with AutoClip, ZClip or lr warm-up; {hours:.1f} core hours. "
+        f"equal bit for bit, {online} with AutoClip, ZClip or lr warm-up, {further} at added "
+        f"learning rates and on fresh seeds; {hours:.1f} core hours. "
         f"Left out, since nothing learned there at any max_norm: {out}."
     )
 
@@ -165,21 +218,58 @@ def write(sweep: Sweep, folder: Path) -> str:
     """The page; its pictures go to `folder`."""
     found = curves(sweep)
     data = regrets(found)
+    in_pairs = pairs(sweep)
+    rows = trainings(in_pairs)
+    good_for = rows.set_index("configuration")["good for"].rename("what clipping was good for")
     draw_curves(found, folder / "curves.png")
     draw_regret(data, folder / "rules.png")
     studies = "\n".join(f"| [{name}]({name}.py) | {description(name)} |" for name in ORDER)
     return TEXT.format(
         studies=studies,
         count=count(sweep, found),
-        answer=answer(data),
         rules=markdown(rules_table(data)),
         candidates=markdown(candidates_table(data)),
         warmup=markdown(warmup_table(warmup_rows(found))),
-        purposes=markdown(purposes_table(found)),
-        configurations=markdown(configurations_table(found)),
+        n=len(rows),
+        sentences=markdown(sentences_table(rows)),
+        suggestions=markdown(suggestion_table(rows)),
+        told=told(in_pairs),
+        pairs=markdown(pairs_table(in_pairs)),
+        searches=markdown(searches.table(searches.load())),
+        configurations=markdown(configurations_table(found).join(good_for)),
         environment=environment(sweep),
     )
 
 
+def short(data: pd.DataFrame, in_pairs: list[Pair]) -> str:
+    """The answers that the README of the project gives."""
+    shown = data[data["method"].isin(short_table(data).columns)]
+    return SHORT.format(
+        count=data["configuration"].nunique(),
+        tasks=data["study"].nunique(),
+        seeds=seeds_of(shown),
+        table=markdown(short_table(data)),
+        told=told(in_pairs, names=False),
+    )
+
+
+def with_answers(page: str, answers: str) -> str:
+    """A page whose marked part holds the answers."""
+    before, _, rest = page.partition(MARK)
+    _, end, after = rest.partition(END)
+    if not end:
+        message = f"the page must hold {MARK!r} and after it {END!r}"
+        raise ValueError(message)
+    return f"{before}{MARK}\n{answers}\n{END}{after}"
+
+
+def main() -> None:
+    sweep = Sweep.load()
+    (HERE / "README.md").write_text(write(sweep, RESULTS.parent), encoding="utf-8")
+    project = HERE.parent / "README.md"
+    answers = short(regrets(curves(sweep)), pairs(sweep))
+    project.write_text(with_answers(project.read_text(encoding="utf-8"), answers), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    (HERE / "README.md").write_text(write(Sweep.load(), RESULTS.parent), encoding="utf-8")
+    main()

@@ -3,7 +3,6 @@
 python studies/rules.py rules       # every rule beside what people use
 python studies/rules.py candidates  # the six candidates against the default
 python studies/rules.py warmup      # how long a warm-up is enough
-python studies/rules.py purposes    # what clipping was good for
 python studies/rules.py configurations
 """
 
@@ -25,15 +24,17 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from candidates import CANDIDATES, FEWEST, RULES, Norms, finite  # noqa: E402 - see sys.path
-from sweep import NEAR, ONLINE, RESULTS, Sweep, norms_of, warm_up  # noqa: E402
+from sweep import FURTHER, ONLINE, RESULTS, SAME, WARMUP, Sweep, norms_of, warm_up  # noqa: E402
 
 from normtune.rules import DEFAULT  # noqa: E402
 from normtune.trials import LEARNED  # noqa: E402
 
 FIXED = {"no clipping": math.inf, "0.5": 0.5, "1.0": 1.0, "5.0": 5.0, "10.0": 10.0}
-LENGTHS = (0.05, 0.1, 0.25, 0.5, 1.0)  # shares of the schedule
+LENGTHS = (0.05, 0.1, 0.25, 0.5, 1.0)  # shares of the schedule ...
+STEPS = (50, 100, 200, 400)  # ... and counts of steps
 ANSWERED = ("p10", "1.0", "no clipping", "AutoClip p10", "ZClip")
 REGIMES = ("low", "searched", "too high")
+EXPECTED = 0.1  # the share of steps that p90 is to clip
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ class Curve:
         better = alive.mean().nsmallest(max(1, len(alive.columns) // 2)).index
         return float(np.sqrt(alive[better].var(ddof=1).mean()))
 
-    def value(self, rule: str, share: float | None = None) -> float:
+    def value(self, rule: str, share: float = WARMUP) -> float:
         """What a rule makes of the warm-up; inf where too few norms were finite."""
-        norms = warm_up(self.norms, self.steps, *(() if share is None else (share,)))
+        norms = warm_up(self.norms, self.steps, share)
         if len(finite(norms)) < FEWEST:
             return math.inf
         return RULES[rule](norms, self.optimizer)
@@ -106,7 +107,7 @@ class Curve:
     def column(self, max_norm: float) -> float:
         """The max_norm that was run for this one."""
         run = min(self.scores.columns, key=lambda c: distance(c, max_norm))
-        if distance(run, max_norm) > math.log(NEAR) + 1e-3:
+        if distance(run, max_norm) > math.log(SAME):
             message = f"{self.name} was not run at {max_norm:g}; run studies/sweep.py again"
             raise LookupError(message)
         return float(run)
@@ -150,7 +151,9 @@ def all_of(sweep: Sweep) -> list[Curve]:
         for r in sweep.rows
         if r["seed"] == 0 and "norms" in r
     }
-    groups = frame(sweep).groupby(["study", "optimizer", "lr"], sort=False)
+    data = frame(sweep)
+    swept = data[~data["arm"].isin(FURTHER)]
+    groups = swept.groupby(["study", "optimizer", "lr"], sort=False)
     found = [curve(key, runs, firsts[key]) for key, runs in groups]
     return [c for c in found if len(c.scores) >= 2]
 
@@ -275,19 +278,23 @@ def tenths(value: float) -> str:
     return f"{round(value, 1) + 0.0:.1f}"
 
 
-def answer(data: pd.DataFrame) -> str:
+def short_table(data: pd.DataFrame) -> pd.DataFrame:
     """The short answer to "which rule": what each costs where the rate is right, and where not."""
-    told = []
+    shown = data[data["method"].isin((DEFAULT, *ANSWERED))]
+    right, high = (shown[shown["regime"] == regime] for regime in REGIMES[1:])
+    table = {}
     for name in (DEFAULT, *ANSWERED):
-        parts = [data[(data["method"] == name) & (data["regime"] == r)] for r in REGIMES[1:]]
-        if all(map(len, parts)):
-            right, high = (percent(over_tasks(part)[0]) for part in parts)
-            told.append(f"{name} {right} and {high}")
-    count = data["configuration"].nunique()
-    return (
-        f"Share of the range lost over {count} configurations of {data['study'].nunique()} tasks, "
-        f"at the searched learning rate and at rates that are too high: {'; '.join(told)}."
-    )
+        mine = high[high["method"] == name]
+        table[name] = {
+            "at the best of the learning rates swept": lost_by(right, name),
+            "at learning rates that are too high": lost_by(high, name),
+            "runs that failed there": f"{mine['failed'].sum()} of {mine['runs'].sum()}",
+        }
+    return pd.DataFrame(table).rename_axis("lost")
+
+
+def lost_by(data: pd.DataFrame, name: str) -> str:
+    return percent(over_tasks(data[data["method"] == name])[0])
 
 
 def candidates_table(data: pd.DataFrame) -> pd.DataFrame:
@@ -334,68 +341,45 @@ def warmup_rows(all_curves: list[Curve], rule: str = DEFAULT) -> pd.DataFrame:
     regime = regimes(all_curves)
     rows = []
     for c in all_curves:
-        for share in LENGTHS:
+        lengths = {f"{100 * share:g} %": share for share in LENGTHS}
+        lengths |= {f"{n} steps": n / c.steps for n in STEPS if n <= c.steps}
+        for length, share in lengths.items():
             value = c.value(rule, share)
             lost = (between(c, value, c.means) - c.means.min()) / c.range
             realised = between(c, value, c.clipped.mean())
             where = {"configuration": c.name, "study": c.study, "regime": regime[c.name]}
-            rows.append(where | {"length": share, "lost": lost, "realised": realised})
+            rows.append(where | {"length": length, "lost": lost, "realised": realised})
     return pd.DataFrame(rows)
+
+
+def misjudged(realised: pd.Series) -> float:
+    """How often the share of steps clipped was off by more than 3 x from the 10 % of p90."""
+    return float(((realised > 3 * EXPECTED) | (realised < EXPECTED / 3)).mean())
 
 
 def warmup_table(rows: pd.DataFrame) -> pd.DataFrame:
     """By length: how many steps the value really clipped, and what it cost."""
     table = {}
-    for share, part in rows.groupby("length"):
+    names = [f"{100 * share:g} %" for share in LENGTHS] + [f"{n} steps" for n in STEPS]
+    for length in names:
+        part = rows[rows["length"] == length]
         lost = {regime: part[part["regime"] == regime] for regime in REGIMES}
         realised = part["realised"]
-        table[f"{100 * share:g} %"] = {
+        table[length] = {
+            "trainings": len(part),
             "steps clipped over the run, median": percent(realised.median()),
             "quarter to three quarters": (
                 f"{100 * realised.quantile(0.25):.1f} to {100 * realised.quantile(0.75):.1f} %"
             ),
-            "off by more than 3 x": percent(
-                float(((realised > 0.3) | (realised < 0.1 / 3)).mean())
-            ),
+            "off by more than 3 x": percent(misjudged(realised)),
+            "lost, low": percent(over_tasks(lost["low"])[0]),
             "lost, searched": percent(over_tasks(lost["searched"])[0]),
             "lost, too high": percent(over_tasks(lost["too high"])[0]),
         }
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("warm-up")
 
 
-# --- what clipping was good for -----------------------------------------------------------------
-
-
-def purpose(c: Curve, all_curves: list[Curve]) -> str:
-    """What the means say of clipping here; no verdict, for there are too few seeds for one."""
-    rates = sorted(
-        (o for o in all_curves if (o.study, o.optimizer) == (c.study, c.optimizer)),
-        key=lambda o: o.lr,
-    )
-    best = min(rates, key=lambda o: o.means[math.inf])
-    none, clipped = float(c.means[math.inf]), float(c.best_elsewhere.mean())
-    other = float(best.means[math.inf])
-    if none - clipped <= margin(c, c):
-        return "equal"
-    if best is not c and clipped - other > margin(c, best):
-        return "another learning rate is better"
-    if best is not c and other - clipped <= margin(c, best):
-        return "only makes up for the rate"
-    return "better model" if best not in (rates[0], rates[-1]) else "helps; other rates open"
-
-
-def margin(a: Curve, b: Curve) -> float:
-    """What counts as equal: one sd of a run, and at least two standard errors."""
-    return max(a.sd, 2 * math.hypot(a.sd, b.sd) / math.sqrt(min(len(a.scores), len(b.scores))))
-
-
-def purposes_table(all_curves: list[Curve]) -> pd.DataFrame:
-    """How many configurations of each regime fall under each sentence."""
-    regime = regimes(all_curves)
-    rows = [(purpose(c, all_curves), regime[c.name]) for c in all_curves]
-    data = pd.DataFrame(rows, columns=["what clipping was good for", "regime"])
-    table = pd.crosstab(data["what clipping was good for"], data["regime"])
-    return table.reindex(columns=[r for r in REGIMES if r in table]).rename_axis(columns=None)
+# --- every configuration -------------------------------------------------------------------------
 
 
 def configurations_table(all_curves: list[Curve]) -> pd.DataFrame:
@@ -414,7 +398,6 @@ def configurations_table(all_curves: list[Curve]) -> pd.DataFrame:
             "lost": percent(lost / c.range),
             "in sd": tenths(lost / c.sd),
             "clipped": percent(float(c.clipped[value].mean())),
-            "what clipping was good for": purpose(c, all_curves),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("configuration")
 
@@ -437,7 +420,6 @@ TABLES: dict[str, Callable[[list[Curve]], pd.DataFrame]] = {
     "rules": lambda c: rules_table(regrets(c)),
     "candidates": lambda c: candidates_table(regrets(c)),
     "warmup": lambda c: warmup_table(warmup_rows(c)),
-    "purposes": purposes_table,
     "configurations": configurations_table,
 }
 

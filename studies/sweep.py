@@ -41,11 +41,11 @@ from normtune.trials import state_of  # noqa: E402
 RESULTS = HERE / "results" / "sweep.jsonl.gz"
 WARMUP = 0.25  # share of the schedule that the rules see
 FIXED = (1.0, 10.0, 0.5, 5.0)  # what people use
-LEADING = ("p90", "p50", "p10")  # these run at exactly their values
-NEAR = 1.1  # a value within this factor of one that runs anyway is not run again ...
-NEAR_GRID = 1.5  # ... and for the points of the grid this factor
+SAME = 1.001  # values are rounded to 4 digits: within this factor they are one
+NEAR_GRID = 1.5  # a point of the grid within this factor of a value that runs anyway is left out
 DECADES = {"SGD": 0.5, "AdamW": 1.0}  # between two values of the grid; Adam depends little on it
-ONLINE = ("AutoClip p10", "ZClip", "lr warm-up")
+ONLINE = ("AutoClip p10", "ZClip", "lr warm-up")  # arms beside "clip", one of the grid
+FURTHER = ("rate", "confirm")  # arms that purposes.py adds: they are clipped runs, too
 PACKAGES = ("torch", "numpy", "scikit-learn", "statsmodels", "aeon", "autoclip", "zclip")
 Row = dict[str, Any]
 
@@ -65,22 +65,18 @@ def grid(norms: Norms, optimizer: str) -> list[float]:
 
 
 def values_to_run(norms: Norms, optimizer: str) -> list[float]:
-    """No clipping first, then every max_norm that is asked for, without near doubles.
+    """No clipping first, then every rule at its very value, what people use, and the grid.
 
     Args:
         norms: Those of the warm-up of the first seed, which stand for all seeds.
         optimizer: Its class.
     """
     values = [math.inf]
-    asked: list[float] = []
-    between: list[float] = []
-    if len(finite(norms)) >= FEWEST:
-        by_rule = {name: rule(norms, optimizer) for name, rule in RULES.items()}
-        asked = [by_rule.pop(name) for name in LEADING]
-        asked += [*FIXED, *by_rule.values()]
-        between = grid(norms, optimizer)
-    for value in asked or FIXED:
-        add(value, values, NEAR)
+    enough = len(finite(norms)) >= FEWEST
+    asked = [rule(norms, optimizer) for rule in RULES.values()] if enough else []
+    between = grid(norms, optimizer) if enough else []
+    for value in (*asked, *FIXED):
+        add(value, values, SAME)
     for value in between:
         add(value, values, NEAR_GRID)
     return values
@@ -114,6 +110,8 @@ def train_once(configuration: Configuration, seed: int, arm: str, max_norm: floa
     with suppress(RunEnded):
         train(run)
     row = as_row(run, arm)
+    if arm in FURTHER:
+        row.pop("norms", None)  # those of the grid serve the rules; these would fill the file
     row |= {"study": configuration.study, "optimizer": configuration.optimizer}
     row |= {
         "lr": configuration.lr,
@@ -251,20 +249,22 @@ def environment() -> Row:
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-        check=False,
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-    )
+    commit = git("describe", "--always", "--exclude", "*")
+    changed = git("status", "--porcelain", "--", "*.py", "../normtune")  # not the results
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": git.stdout.strip(),
+        "commit": f"{commit}-dirty" if changed else commit,
         "machine": platform.machine(),
         "threads": 1,
         "versions": versions,
     }
+
+
+def git(*arguments: str) -> str:
+    """What git says here; empty outside of a repository."""
+    command = ["git", *arguments]
+    done = subprocess.run(command, check=False, cwd=HERE, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 # --- the sweep ----------------------------------------------------------------------------------
@@ -284,9 +284,10 @@ def carry_out(unit: Unit) -> list[Row]:
     """Train the arms of a unit; those that cannot clip are copied from the unclipped run."""
     rows, unclipped = [], unit.unclipped
     for arm, max_norm in unit.arms:
-        if arm == "clip" and unclipped is not None and is_free(max_norm, unclipped):
+        if arm not in ONLINE and unclipped is not None and is_free(max_norm, unclipped):
             copied = {k: v for k, v in unclipped.items() if k not in ("norms", "environment")}
             row = copied | {
+                "arm": arm,
                 "max_norm": plain(max_norm),
                 "clipped": 0.0,
                 "free": True,
@@ -294,7 +295,7 @@ def carry_out(unit: Unit) -> list[Row]:
             }
         else:
             row = train_once(unit.configuration, unit.seed, arm, max_norm)
-        if max_norm == math.inf and arm == "clip":
+        if max_norm == math.inf and arm not in ONLINE:
             unclipped = row
         rows.append(row)
     return rows

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pins import as_pinned
 
 PAGE = Path(__file__).parent.parent / "docs" / "frameworks.md"
 STEP = 7
@@ -25,4 +26,6 @@ def holds(name, recorded, true):
         line = f"| {name} | {found[0]:#.4g} | {found[1]:#.4g} |"
         PAGE.write_text(text[: match.start()] + line + text[match.end() :], encoding="utf-8")
         return
-    assert (float(match[1]), float(match[2])) == pytest.approx(found, rel=0.01)
+    if as_pinned("torch", "lightning", "transformers", "accelerate"):  # others draw other weights
+        assert (float(match[1]), float(match[2])) == pytest.approx(found, rel=0.01)
+    assert found[0] == pytest.approx(found[1], rel=0.001)

@@ -235,6 +235,15 @@ def twice(watch, clip):
     return simple(watch, clip=both)
 
 
+@case("clipped twice on one line", imposable=False)
+def twice_on_one_line(watch, clip):
+    def both(model):
+        for _ in range(2):
+            early_bound(model.parameters(), clip)
+
+    return simple(watch, clip=both)
+
+
 @case("clipping switched off by 0 in the script")
 def switched_off(watch, clip):
     max_norm = 0.0
@@ -333,6 +342,23 @@ def two_optimizers(watch, clip):
         early_bound(model.parameters(), clip)
         first.step()
         second.step()
+    return model, true
+
+
+@case("two optimizers, one of them clipped, the other steps first", imposable=False)
+def one_of_two(watch, clip):
+    model = net()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.05)
+    second = torch.optim.SGD(model[2].parameters(), lr=0.05)
+    watch([first, second])
+    true = []
+    for x, y in batches():
+        model.zero_grad()
+        loss_of(model, x, y).backward()
+        true.append(true_norm(model[0].parameters()))
+        early_bound(model[0].parameters(), clip)
+        second.step()
+        first.step()
     return model, true
 
 
@@ -546,6 +572,17 @@ def amp_forgot(watch, clip):
     )
 
 
+@case(
+    "GradScaler, unscale_, clip by own arithmetic, unseen",
+    finding="changed-in-place",
+    refused=True,
+    imposable=False,
+    recorded=False,
+)
+def amp_own_arithmetic(watch, clip):
+    return scaled(watch, fused=False, unscale=True, clip=lambda m: by_hand(m, clip))
+
+
 # --- numbers -----------------------------------------------------------------------------------
 
 
@@ -735,6 +772,19 @@ def inside_step(watch, clip):
     return simple(watch, make=lambda m: Clipping(m.parameters(), lr=0.05))
 
 
+@case("clip in a step pre-hook of the loop's own", own_clip=True)
+def own_pre_hook(watch, clip):
+    def make(model):
+        def normal(*_):
+            early_bound(model.parameters(), clip)
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer.register_step_pre_hook(normal)
+        return optimizer
+
+    return simple(watch, make=make)
+
+
 @case("clip each parameter by itself", finding="clip-one-by-one", imposable=False)
 def one_by_one(watch, clip):
     def make(model):
@@ -753,6 +803,22 @@ def one_by_one(watch, clip):
         true.append(true_norm(model.parameters()))
         for p in model.parameters():
             early_bound(p, clip)
+        optimizer.step()
+    return model, true
+
+
+@case("clip each layer by itself", finding="clip-by-parts", imposable=False)
+def layer_by_layer(watch, clip):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    watch(optimizer)
+    true = []
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        true.append(true_norm(model[0].parameters()))
+        for layer in (model[0], model[2]):
+            early_bound(layer.parameters(), clip)
         optimizer.step()
     return model, true
 
@@ -1052,6 +1118,68 @@ def compiled_clip(watch, clip):
         clip_all(list(model.parameters()))
         optimizer.step()
     return model, true
+
+
+@case("torch.compile of a clip call on another model, right before the step", own_clip=True)
+def compiled_clip_elsewhere(watch, clip):
+    model, other = net(), net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    watch(optimizer)
+
+    @torch.compile(backend=BACKENDS[0])
+    def clip_all(parameters):
+        return nn.utils.clip_grad_norm_(parameters, 0.1)
+
+    true = []
+    for x, y in batches():
+        model.zero_grad()
+        other.zero_grad()
+        loss_of(model, x, y).backward()
+        loss_of(other, 3 * x, y).backward()
+        true.append(true_norm(model.parameters()))
+        early_bound(model.parameters(), clip)
+        clip_all(list(other.parameters()))
+        optimizer.step()
+    return model, true
+
+
+@case("torch.compile of one clip over two optimizers", own_clip=True)
+def compiled_clip_two_optimizers(watch, clip):
+    model = net()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.05)
+    second = torch.optim.SGD(model[2].parameters(), lr=0.05)
+    watch([first, second])
+
+    @torch.compile(backend=BACKENDS[0])
+    def clip_all(parameters):
+        return nn.utils.clip_grad_norm_(parameters, clip)
+
+    true = []
+    for x, y in batches():
+        model.zero_grad()
+        loss_of(model, x, y).backward()
+        true.append(true_norm(model.parameters()))
+        clip_all(list(model.parameters()))
+        first.step()
+        second.step()
+    return model, true
+
+
+@case(
+    "torch.compile of the clip call, after every micro-batch",
+    finding="clip-in-accumulation",
+    refused=True,
+    imposable=False,
+    recorded=False,
+)
+def compiled_clip_each_micro(watch, clip):
+    @torch.compile(backend=BACKENDS[0])
+    def clip_all(parameters):
+        return nn.utils.clip_grad_norm_(parameters, clip)
+
+    return accumulating(
+        watch, after_each=lambda m: clip_all(list(m.parameters())), at_end=lambda _: None
+    )
 
 
 @case("torch.compile of the model", own_clip=True)

@@ -94,6 +94,80 @@ def test_two_optimizers_have_a_series_each_in_one_file(reside, tmp_path):
     assert other.metadata["optimizer"] == "Adam"
 
 
+def test_gradients_that_were_clipped_at_the_imposed_value_are_not_clipped_again(reside):
+    """From the first step on, where the backward pass came before the recorder."""
+
+    def measure_and_clip(model, clip):
+        loops.early_bound(model.parameters(), math.inf)
+        loops.early_bound(model.parameters(), clip)
+
+    reside(max_norm=0.21)
+    imposed, _ = loops.simple(lambda _: None, clip=lambda m: measure_and_clip(m, loops.CLIP))
+    interception.reside(None)
+    asked, _ = loops.simple(lambda _: None, clip=lambda m: measure_and_clip(m, 0.21))
+    for p, q in zip(imposed.parameters(), asked.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_second_optimizer_of_the_same_parameters_does_not_clip_again(reside):
+    """Also at the first step, where no backward pass was counted yet."""
+
+    def both(clip):
+        model = loops.net()
+        optimizers = [
+            kind(model.parameters(), lr=0.01) for kind in (torch.optim.SGD, torch.optim.Adam)
+        ]
+        for x, y in loops.batches():
+            model.zero_grad()
+            loops.loss_of(model, x, y).backward()
+            loops.early_bound(model.parameters(), clip)
+            for optimizer in optimizers:
+                optimizer.step()
+        return model
+
+    reside(max_norm=0.21)
+    imposed = both(loops.CLIP)
+    interception.reside(None)
+    asked = both(0.21)
+    for p, q in zip(imposed.parameters(), asked.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_an_optimizer_made_anew_for_the_same_parameters_goes_on_with_its_series(
+    clips, reside, tmp_path
+):
+    """Scripts that lower the learning rate so; another class of optimizer has a series of its own."""
+    resident = reside()
+    model, _ = model_and_optimizer()
+    kinds = [torch.optim.SGD, torch.optim.SGD, torch.optim.Adam, torch.optim.SGD]
+    for i, kind in enumerate(kinds):
+        optimizer = kind(model.parameters(), lr=0.1 / (i + 1))
+        torch.optim.lr_scheduler.ConstantLR(optimizer)  # keeps the optimizer until the next gc
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.ones(4, 6)).pow(2).mean().backward()
+            if clips:
+                loops.early_bound(model.parameters(), 0.1)
+            optimizer.step()
+    resident.over()
+    (path,) = records_in(tmp_path)
+    notes = NormRecord.load(path).origin.notes
+    assert len(NormRecord.load(path)) == (20 if clips else 15)
+    assert notes == (() if clips else ("also series 'Adam': 5 steps",))
+
+
+def test_two_optimizers_of_a_kind_on_the_same_parameters_have_a_series_each(reside):
+    """Both were there before the first step."""
+    resident = reside()
+    model, first = model_and_optimizer()
+    second = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        train(model, first, steps=1)
+        train(model, second, steps=1)
+    assert resident.recorder.record.origin.notes == ("also series 'SGD 2': 3 steps",)
+
+
 def model_and_optimizer():
     model = nn.Linear(6, 2)
     return model, torch.optim.SGD(model.parameters(), lr=0.05)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from normtune.baseline import first_steps, norm_facts, same_until_clipped, search_range
 from normtune.records import NormRecord, row
+from normtune.suggestion import suggest
 from normtune.tasks import RECORD
 
 NORMS = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=50)
@@ -16,12 +17,19 @@ NORMS = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=50)
 
 @given(NORMS, st.booleans())
 def test_the_range_reaches_below_the_norms_and_up_to_the_largest(norms, adaptive):
-    """The range holds the median, starts below every norm, and ends at 10 medians at most."""
+    """It holds the median, starts below every norm, and ends at 10 medians of a part at most."""
     low, high = search_range(norms, largest=max(norms), adaptive=adaptive)
     median = float(np.median(norms))
     assert low <= median / 100
     assert low < min(norms)
-    assert median <= high <= 10 * median
+    early = float(np.median(norms[: max(len(norms) // 4, min(30, len(norms)))]))
+    assert max(median, early) <= high <= 10 * max(median, early)
+
+
+def test_the_range_of_norms_that_fall_reaches_what_mattered_while_it_learned():
+    """A run that has learned ends with tiny norms; the early ones still are in the range."""
+    norms = np.concatenate([np.full(100, 3.0), np.full(300, 0.01)])
+    assert search_range(norms, largest=40.0, adaptive=False) == (1e-4, 30.0)
 
 
 def test_the_first_steps_of_a_record():
@@ -31,6 +39,14 @@ def test_the_first_steps_of_a_record():
     assert first.norms.tolist() == [1.0, 2.0, 3.0, 4.0]
     assert first.lr.tolist() == [0.0, 1.0, 2.0, 3.0]
     assert len(first) == len(first.max_norm) == len(first.skipped) == 4
+    assert len(first_steps(record, None)) == 10
+
+
+def test_the_first_steps_of_a_run_are_doubted_by_its_length():
+    """Less than half of the unclipped run is named beside the suggestion; all of it is not."""
+    record = NormRecord.of(np.random.default_rng(0).lognormal(0.0, 0.3, 600), lr=0.1)
+    assert any("step 100 of 600" in text for text in suggest(first_steps(record, 100)).doubts)
+    assert not any("of 600:" in text for text in suggest(first_steps(record, None)).doubts)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from normtune import commands
 from normtune.cli import app
-from normtune.controller import _ignored_seed
 from normtune.errors import NormtuneError, StudyError, SuggestionError
 from normtune.processes import Child, end_all, first_to_end
+from normtune.proofs import _ignored_seed
 from normtune.recorder import NormRecorder
 from normtune.records import NormRecord
 from normtune.search import Progress, plan_of, record_study, search
@@ -361,6 +361,46 @@ def test_parallel_runs_need_files_of_their_own(tmp_path):
     with pytest.raises(StudyError, match=r"would write over each other's out/m\.json:loss"):
         search(path, jobs=2)
     assert "4 runs at most" in plan_of(path)
+
+
+MARKS = """
+if orders["stop_diverged"]:
+    record(); Path(run, f"diverged-{os.getpid()}").write_text("the norms exploded")
+    time.sleep(300)
+"""
+
+
+def test_a_command_whose_norms_explode_is_ended_at_once(tmp_path):
+    """Its process says so and the command ends, unless the study wants every run whole."""
+    outcome = pretended(tmp_path, MARKS)
+    assert (outcome.ending, outcome.reason) == ("diverged", "the norms exploded")
+    (tmp_path / "whole").mkdir()
+    assert pretended(tmp_path / "whole", MARKS, finish_diverged=True).ending == "finished"
+
+
+DYING = """
+import sys, torch
+torch.manual_seed(int(sys.argv[1]))
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(10**9):
+    if step == 40:
+        model.weight.data.fill_(float(sys.argv[2]))
+    optimizer.zero_grad()
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+"""
+
+
+@pytest.mark.slow
+def test_a_script_without_end_whose_weights_are_nan_is_ended(tmp_path):
+    """Normtune sees it from inside; the norms until then are recorded."""
+    (tmp_path / "dying.py").write_text(DYING)
+    outcome = pretended(tmp_path, command=(PYTHON, "dying.py", "{seed}", "nan"))
+    assert outcome.ending == "diverged"
+    assert outcome.reason == "3 gradient norms in a row were not finite"
+    record = NormRecord.load(tmp_path / "run" / "run.norms.jsonl")
+    assert len(record.finite) == 40
 
 
 # --- kills -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from normtune.comparison import format_verdict, verdict
+from normtune.comparison import verdict
 from normtune.fresh import Runs, level_of, margin_of
 from normtune.paired import LEVEL, LEVEL_EQUAL, Noise, compare, share_interval
 from normtune.trials import Settings, Trial
@@ -49,9 +49,10 @@ def test_other_arms_lend_degrees_of_freedom():
         ([2.0, 2.1, 1.95], [1.0, 1.1, 0.9], 0.1, "worse", "quality"),
         ([1.0, 1.1, 0.9], [1.01, 1.09, 0.91], 0.5, "equal", "quality"),
         ([1.0, 2.0, 0.5], [1.5, 1.0, 1.1], 0.1, "undecided", "quality"),
-        ([1.0, 1.1, 0.9], [INF, INF, 1.0], 0.1, "better", "reliability"),
+        ([1.0, 1.1, 0.9], [INF, INF, 1.0], 0.1, "undecided", "quality"),
+        ([1.0, 1.1, 0.9], [INF, INF, INF], 0.1, "better", "reliability"),
         ([1.0, INF, 0.9], [INF, INF, 1.0], 0.1, "undecided", "quality"),
-        ([INF, INF], [1.0, 1.0], 0.1, "worse", "reliability"),
+        ([INF, INF], [1.0, 1.0], 0.1, "undecided", "quality"),
         ([INF, INF], [INF, INF], 0.1, "undecided", "quality"),
         ([1.0], [2.0], 0.1, "undecided", "quality"),
         ([], [], 0.1, "undecided", "quality"),
@@ -64,6 +65,22 @@ def test_relation(a, b, margin, relation, reason):
     """Reliability first, then the interval; a winner by quality must not fail more often."""
     found = compare(a, b, margin=margin)
     assert (found.relation, found.reason) == (relation, reason)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "earlier", "relation"),
+    [
+        ([1.0, 1.1, 0.9], [INF, INF, 1.0], (0, 1), "better"),
+        ([1.0, 1.1, 0.9], [INF, INF, 1.0], (1, 1), "undecided"),
+        ([INF, INF], [1.0, 1.0], (1, 0), "worse"),
+        ([1.0, INF, 0.9], [INF, INF, INF], (0, 1), "undecided"),
+        ([1.0] * 4, [INF, INF, 1.0, 1.0], (0, 1), "undecided"),
+        ([1.0] * 4, [INF, 1.0, 1.0, 1.0], (0, 1), "equal"),
+    ],
+)
+def test_with_few_seeds_the_explore_seed_is_a_witness(a, b, earlier, relation):
+    """Two of three failures are luck too often; with a failure before them they are not."""
+    assert compare(a, b, margin=0.1, earlier=earlier).relation == relation
 
 
 def test_mirror():
@@ -239,6 +256,16 @@ def test_failures_decide_before_quality():
     assert math.isnan(row.mean)
 
 
+@pytest.mark.parametrize(("explored_none", "said"), [(None, "better"), (9.0, "undecided")])
+def test_failures_on_the_explore_seed_are_remembered(explored_none, said):
+    """No clipping failed in two of three fresh seeds, and before them or not."""
+    trials = [*explored(none=explored_none), *fresh({N: 4.0, C: 4.0}, 3)]
+    lost = [t for t in trials if t.arm == N and t.stage == "confirm"][:2]
+    trials = [replace(t, state="diverged", value=None) if t in lost else t for t in trials]
+    runs = Runs(SETTINGS, trials)
+    assert runs.compare(C, N, margin=0.1).relation == said
+
+
 def test_where_every_run_fails_it_says_what_to_do():
     """Neither arm ever finished: no seeds would help, a lower rate might."""
     found = verdict(SETTINGS, [*explored(), *fresh({N: None, C: None}, 3)])
@@ -292,7 +319,6 @@ def test_free_runs_are_identical_and_add_no_degrees_of_freedom():
     assert with_.compare(C, N, margin=0.1) == without.compare(C, N, margin=0.1)
     found = verdict(settings, [*explored(), *arms, *copies])
     assert [r.free for r in found.arms if r.label == "current"] == [4]
-    assert "identical runs (free)" in format_verdict(found)
 
 
 def test_maximize_mirrors_minimize():
@@ -384,15 +410,30 @@ def test_three_looks_spend_less_at_the_first():
     assert [level_of(s, n) for s in (SETTINGS, forty) for n in (3, 6)] == [0.02, 0.02, 0.01, 0.02]
 
 
-def test_the_text_has_table_sentence_and_suggestion():
-    """What the terminal shows, line by line."""
+def test_a_budget_raised_after_a_verdict_halves_the_error():
+    """Another look is paid for, and the note says so."""
+    once = replace(SETTINGS, raised=1)
+    assert [level_of(replace(SETTINGS, raised=k), 6) for k in (0, 1, 2)] == [0.02, 0.01, 0.005]
+    trials = [*explored(), *fresh({N: 9.0, C: 4.0})]
+    assert "the budget was raised once after a verdict" in " ".join(verdict(once, trials).notes)
+    assert "raised" not in " ".join(verdict(SETTINGS, trials).notes)
+
+
+def test_what_people_ask_about_always_has_a_row():
+    """The suggestion, the current value, 1 and 10: by fresh seeds, by one seed, or not tried."""
     settings = replace(SETTINGS, current=4.0)
-    arms = {N: 9.0, C: 2.0, S: 3.0, (4.0, 1.0): 7.0, L1: 5.0, L2: 6.0}
-    text = format_verdict(verdict(settings, [*explored(), *rates(), *fresh(arms, 6)]))
-    lines = text.splitlines()
-    assert lines[0].split()[:3] == ["arm", "max_norm", "lr"]
-    for label in ("no clipping", "best found", "suggestion", "current", "no clipping at 0.333x lr"):
-        assert any(line.startswith(label) for line in lines)
-    assert "The suggestion helps against no clipping; it is worse than the best found" in text
-    assert "Margin: " in text
-    assert max(map(len, lines[: len(arms) + 1])) <= 100
+    trials = [*explored(), *fresh({N: 9.0, C: 4.0}, 4)]
+    rows = {r.max_norm: r for r in verdict(settings, trials).explored}
+    assert list(rows) == [0.8, 4.0, 1.0, 10.0]
+    assert [r.label for r in rows.values()] == ["suggestion", "current", *["common default"] * 2]
+    assert (rows[1.0].seeds, rows[1.0].mean) == (0, 3.2)
+    assert rows[1.0].delta == pytest.approx(3.2 - 9.0)
+    assert math.isnan(rows[10.0].mean)
+    copy = run(10.0, 9.0, free=True)
+    failed = [replace(t, state="diverged", value=None) if t.max_norm == 1 else t for t in trials]
+    rows = {r.max_norm: r for r in verdict(settings, [*failed, copy]).explored}
+    assert (rows[10.0].free, rows[10.0].delta, rows[1.0].failed) == (1, 0.0, 1)
+    more = fresh({N: 9.0, C: 4.0, S: 4.0, (4.0, 1.0): 7.0, (1.0, 1.0): 5.0, (10.0, 1.0): 9.0}, 2)
+    assert verdict(settings, [*explored(), *more]).explored == ()
+    alone = verdict(settings, explored()).explored
+    assert [r.max_norm for r in alone] == [INF, 0.3, 0.8, 4.0, 1.0, 10.0]

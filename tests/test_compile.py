@@ -94,6 +94,29 @@ def test_an_imposed_max_norm_is_obeyed_whatever_is_compiled(part, max_norm):
     np.testing.assert_allclose(ours.recorder.record.norms, theirs.true, rtol=1e-5)
 
 
+@pytest.mark.parametrize("max_norm", [0.21, math.inf])
+def test_a_compiled_clip_of_a_model_that_nobody_records_keeps_its_value(max_norm):
+    """What is imposed reaches the recorder's own parameters only, in one graph for both models."""
+    model, other = loops.net(), loops.net()
+    counter = CompileCounterWithBackend("eager")
+    recorder = NormRecorder(torch.optim.SGD(model.parameters(), lr=0.05), max_norm=max_norm)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def clip_all(parameters):
+        return nn.utils.clip_grad_norm_(parameters, 0.1)
+
+    for x, y in loops.batches(4):
+        for one, expected in ((model, max_norm), (other, 0.1), (model, max_norm)):
+            one.zero_grad()
+            loops.loss_of(one, x, y).backward()
+            true = loops.true_norm(one.parameters())
+            clip_all(list(one.parameters()))
+            left = loops.true_norm(one.parameters())
+            assert left == pytest.approx(min(expected, true), rel=1e-5)
+    recorder.close()
+    assert counter.frame_count == 2
+
+
 def test_a_compiled_clip_is_one_full_graph():
     """With fullgraph=True, compiled once, the norm returned as ever (row 66)."""
     run = Compiled("clip", recorder=NormRecorder, fullgraph=True)

@@ -1,13 +1,18 @@
 """The controller of a search: what it makes of runs that fail, repeat or cannot be used."""
 
 import math
+from dataclasses import replace
 
 import pytest
+from finished_study import write_finished
 from optuna.trial import TrialState
 from small_study import optuna_study, write_study
 
+from normtune.controller import Controller
 from normtune.errors import StudyError
+from normtune.ledger import Ledger
 from normtune.search import search
+from normtune.study import load_study
 
 
 @pytest.mark.parametrize(("direction", "worst"), [("minimize", math.inf), ("maximize", -math.inf)])
@@ -22,6 +27,72 @@ def test_a_diverged_run_is_a_result(tmp_path, direction, worst):
     assert (trial.state, trial.value) == (TrialState.COMPLETE, worst)
     assert trial.user_attrs["diverged"] is True
     assert trial.user_attrs["reason"] == "the reported value was nan"
+
+
+def test_a_run_whose_norms_explode_is_a_failure_unless_asked_otherwise(tmp_path):
+    """Whatever it reports: dead norms are a result; with finish_diverged the value counts."""
+    dies = (
+        "if step == 9 and run.lr_factor == 1.0 and run.max_norm > 1.2: "
+        "model.weight.data.fill_(math.nan); run.report = lambda *_: None"
+    )
+    first = []
+    for key in ("", ", finish_diverged: true"):
+        path = write_study(
+            tmp_path / f"study{len(key)}",
+            before=dies,
+            after="return 1.0",
+            search="{max_runs: 4" + key + "}",
+        )
+        first += [search(path).trials[0].state, optuna_study(path).trials[0].user_attrs["reason"]]
+    assert first == ["diverged", "3 gradient norms in a row were not finite", "finished", ""]
+
+
+def test_cheaper_runs_before_the_confirmation(tmp_path):
+    """With explore_fraction they train half of the schedule, with prune the hopeless a quarter."""
+    slow = "if run.max_norm < 0.1: optimizer.param_groups[0]['lr'] = 1e-4"
+    path = write_study(
+        tmp_path / "study", before=slow, search="{prune: true, explore_fraction: 0.5}"
+    )
+    body = (path.parent / "t.py").read_text()
+    steps = 'run.params.get("steps", 60)'
+    (path.parent / "t.py").write_text(body.replace(steps, "round(80 * run.fraction)"))
+    result = search(path, max_runs=12)
+    trials = [t for t in optuna_study(path).trials if not t.user_attrs["free"]]
+    assert {t.user_attrs["fraction"] for t in trials} == {0.5, 1.0}
+    for trial in trials:
+        confirms = trial.user_attrs["stage"] == "confirm"
+        pruned = trial.state == TrialState.PRUNED
+        assert trial.user_attrs["fraction"] == (1.0 if confirms else 0.5)
+        assert pruned == (not confirms and trial.params.get("max_norm", 1.0) < 0.1)
+        assert max(trial.intermediate_values) == (80 if confirms else 20 if pruned else 40)
+        if pruned:
+            assert trial.value == trial.intermediate_values[20]
+            assert "hopeless at step 20: it gained" in trial.user_attrs["reason"]
+    assert {t.state for t in result.trials} <= {"finished", "stuck"}
+
+
+@pytest.mark.parametrize(("seeds", "raised"), [([1, 2, 3], [1, 1, 2]), ([], [0, 0, 0])])
+def test_a_budget_raised_after_a_verdict_is_remembered(tmp_path, seeds, raised):
+    """Raising counts where fresh seeds were looked at; going on with the same budget does not."""
+    path = write_finished(tmp_path / "study")
+    ledger = Ledger(load_study(path).storage, "s", "minimize")
+    ledger.keep("verdict", {"seeds": seeds})
+    found = []
+    for max_runs in (30, 30, 40):
+        study = load_study(path)
+        search_ = study.config.search.model_copy(update={"max_runs": max_runs})
+        config = study.config.model_copy(update={"search": search_})
+        Controller(replace(study, config=config), lambda _: None)._open()
+        found.append(ledger.settings.raised)
+    assert found == raised
+
+
+def test_crashes_are_counted_by_reason(tmp_path):
+    """They are no results; the note says how many there were, and of what."""
+    crash = "if run.max_norm in (1.0, 10.0): raise RuntimeError('disk full')"
+    result = search(write_study(tmp_path / "study", after=crash), max_runs=5)
+    assert sum(t.state == "crashed" for t in result.trials) == 2
+    assert "2 trainings crashed: 2 of: RuntimeError: disk full" in str(result)
 
 
 def test_three_crashes_in_a_row_stop_the_study(tmp_path):

@@ -174,6 +174,34 @@ def test_a_recorder_that_one_rank_closes_ends_on_the_others(seen):
     assert "of another rank was closed" in seen[1]["rank_0_closes_early"]["said"][0]
 
 
+def test_a_sharded_norm_that_an_engine_knows_is_a_number_of_the_whole_model(seen, reference):
+    """A DTensor is converted before it is kept, shown or written (row 24)."""
+    for rank in seen:
+        result = rank["a_norm_that_an_engine_knows"]
+        assert result["kinds"] == ["DTensor"]
+        np.testing.assert_allclose(result["norms"], reference["without"], rtol=1e-4)
+        assert "12 steps" in result["said"]
+
+
+BROKEN = {  # the rank, and how many steps are recorded there and on the other
+    "a_store_that_fails_on_rank_1": (1, 6, 7),
+    "a_hook_that_fails_on_rank_0": (0, 5, 7),
+    "a_norm_that_fails_on_rank_1": (1, 5, 7),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_recorder_that_breaks_on_one_rank_makes_no_rank_wait(case, seen):
+    """It does its part of the norm that the other waits for; both stop, and the training goes on."""
+    rank, own, other = BROKEN[case]
+    broken, whole = seen[rank][case], seen[1 - rank][case]
+    assert broken["same"]
+    assert whole["same"]
+    assert broken["said"] == ["normtune stopped recording, training goes on (ValueError: broken)"]
+    assert "the recorder of another rank was closed" in whole["said"][0]
+    assert (broken["steps"], whole["steps"]) == (own, other)
+
+
 def test_ranks_that_train_by_themselves_have_a_record_each_and_a_finding(seen):
     """Their first norms differ, so rank 0 does not speak for rank 1."""
     findings = [finding for rank in seen for finding in rank["ranks_of_their_own"]["findings"]]

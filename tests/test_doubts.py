@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from normtune.doubts import is_adaptive
-from normtune.records import Finding, NormRecord, Origin
+from normtune.records import SCHEDULE, Finding, NormRecord, Origin
 from normtune.suggestion import suggest
 
 RNG = np.random.default_rng(0)
@@ -173,6 +173,21 @@ def test_a_falling_learning_rate_is_doubted():
     falling = np.linspace(0.1, 0.01, 600)
     assert "from 0.1 to 0.01" in only(doubts(lr=falling), "learning rate fell")
     assert doubts(lr=falling[::-1].copy()) == ()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["header", "the user's own fact"])
+def test_the_first_part_of_a_schedule_is_doubted(own):
+    """600 of 2400 steps are too few where the schedule is known; 600 of 1200 are not."""
+    for schedule, there in ((2400, True), (1200, False), (math.inf, False), ("long", False)):
+        facts = {SCHEDULE: schedule}
+        found = doubts(metadata={"metadata": facts} if own else facts)
+        assert any("ends at step 600 of 2400" in text for text in found) == there
+        assert any("Record 1200 steps" in text for text in found) == there
+
+
+def test_a_skipped_burn_in_is_no_short_record():
+    """What counts is how far the record reaches, not how many norms are left."""
+    assert doubts(metadata={SCHEDULE: 1000}, skip=200) == ()
 
 
 def test_belted_and_skipped_steps_are_counted():

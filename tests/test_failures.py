@@ -12,8 +12,21 @@ HERE = Path(__file__).parent
 # Row -> the case, and where it is held: a loop of loops.py by its name, a test as file::name, or
 # a sentence of docs/loops.md or docs/frameworks.md where it cannot run here.
 ROWS = {
-    "1": ("closures that clip", ["step(closure) that clips inside", "step(closure)"]),
-    "2": ("clip, callbacks, step", ["clip_grad_norm_ by its full name"]),
+    "1": (
+        "closures that clip",
+        [
+            "step(closure) that clips inside",
+            "step(closure)",
+            "test_integrations.py::test_lightning_gives_the_norms_before_clipping_and_learns_the_same",
+        ],
+    ),
+    "2": (
+        "clip, callbacks, step",
+        [
+            "clip_grad_norm_ by its full name",
+            "test_integrations.py::test_the_trainer_callback_gives_every_norm_that_the_trainer_knows",
+        ],
+    ),
     "3": (
         "early-bound names",
         [
@@ -30,10 +43,17 @@ ROWS = {
         [
             'clip by own arithmetic, measure="backward"',
             "clip by own arithmetic, unseen",
+            "GradScaler, unscale_, clip by own arithmetic, unseen",
             "test_recorder.py::test_an_engine_can_record_the_norm_it_knows",
         ],
     ),
-    "5": ("manual optimization", ["clip_grad_norm_ imported early"]),
+    "5": (
+        "manual optimization",
+        [
+            "clip_grad_norm_ imported early",
+            "test_integrations.py::test_lightning_gives_the_norms_before_clipping_and_learns_the_same",
+        ],
+    ),
     "6": ("clip after step", ["clip after step()"]),
     "7": (
         "clip before backward",
@@ -49,7 +69,22 @@ ROWS = {
         ],
     ),
     "10": ("clip without unscale_", ["GradScaler, clip without unscale_"]),
-    "12": ("clip after every micro-batch", ["clip after every micro-batch"]),
+    "11": (
+        "Lightning, AMP, fused, gradient_clip_val",
+        [
+            "test_integrations.py::test_lightning_with_amp_and_a_fused_optimizer_refuses_to_clip_at_its_first_step",
+            "test_integrations.py::test_what_lightning_refuses_with_amp_and_a_fused_optimizer_an_imposed_max_norm_does",
+            "test_commands.py::test_crashes_quote_the_last_lines_and_stop_the_study",
+            "docs: With AMP and a fused optimizer Lightning itself refuses",
+        ],
+    ),
+    "12": (
+        "clip after every micro-batch",
+        [
+            "clip after every micro-batch",
+            "torch.compile of the clip call, after every micro-batch",
+        ],
+    ),
     "13": ("accumulation", ["accumulation, no clipping", "accumulation, clip at its end"]),
     "14": ("several closures a step", ["LBFGS: ten closures a step"]),
     "15": (
@@ -67,6 +102,7 @@ ROWS = {
             "a class with step() that is no torch optimizer",
             "no optimizer object: hand-written update",
             "test_interception.py::test_an_optimizer_that_never_called_its_parents_init_is_seen",
+            "test_launch.py::test_a_command_that_gives_no_norms_is_told_why",
         ],
     ),
     "17b": (
@@ -97,6 +133,7 @@ ROWS = {
         [
             "test_interception.py::test_two_recorders_may_be_closed_in_any_order",
             "test_interception.py::test_a_recorder_beside_one_that_clips_sees_the_unclipped_norm",
+            "test_interception.py::test_of_two_recorders_that_impose_the_younger_wins_and_both_see_true_norms",
         ],
     ),
     "20": (
@@ -111,7 +148,13 @@ ROWS = {
         "a hook that returns a value",
         ["test_interception.py::test_a_closure_gets_through_as_argument_and_as_keyword"],
     ),
-    "33b": ("one norm, several calls", ["one norm given to two clip_grads_with_norm_ calls"]),
+    "33b": (
+        "one norm, several calls",
+        [
+            "one norm given to two clip_grads_with_norm_ calls",
+            "test_distributed.py::test_plain_replicated_and_sharded_parameters_count_once_each",
+        ],
+    ),
     "34": (
         "several devices",
         ["test_recorder.py::test_values_of_several_devices_are_read_device_by_device"],
@@ -128,6 +171,10 @@ ROWS = {
     "41": (
         "threads",
         ["test_interception.py::test_a_thread_finds_the_recorder_of_its_own_parameters"],
+    ),
+    "42": (
+        "torch.optim.optimizer as an attribute",
+        ["test_interception.py::test_the_step_hooks_are_imported_by_their_own_name"],
     ),
     "43": (
         "fp16 norm above 65504",
@@ -256,6 +303,8 @@ ROWS = {
         "compiled clip",
         [
             "torch.compile of the clip call",
+            "torch.compile of a clip call on another model, right before the step",
+            "torch.compile of one clip over two optimizers",
             "test_compile.py::test_a_compiled_clip_is_one_full_graph",
             "test_compile.py::test_an_imposed_max_norm_is_obeyed_whatever_is_compiled",
         ],
@@ -317,17 +366,37 @@ ROWS = {
             "test_distributed.py::test_fsdp1_without_its_clip_call_is_not_recorded",
         ],
     ),
-    "26 to 28": (
-        "a mix over meshes",
+    "24": (
+        "a DTensor in a format string",
+        [
+            "test_distributed.py::test_a_sharded_norm_that_an_engine_knows_is_a_number_of_the_whole_model",
+        ],
+    ),
+    "26": (
+        "sharded and plain parameters",
         [
             "test_distributed.py::test_plain_replicated_and_sharded_parameters_count_once_each",
             "test_distributed.py::test_an_imposed_max_norm_clips_a_mix_that_torch_refuses",
         ],
     ),
-    "29": (
-        "a rank without gradients",
+    "27": (
+        "two meshes",
         [
             "test_distributed.py::test_plain_replicated_and_sharded_parameters_count_once_each",
+            "test_distributed.py::test_an_imposed_max_norm_clips_a_mix_that_torch_refuses",
+        ],
+    ),
+    "28": (
+        "replicated parameters counted twice",
+        [
+            "test_distributed.py::test_plain_replicated_and_sharded_parameters_count_once_each",
+        ],
+    ),
+    "29": (
+        "a rank without gradients, or that leaves early",
+        [
+            "test_distributed.py::test_plain_replicated_and_sharded_parameters_count_once_each",
+            "test_distributed.py::test_a_recorder_that_breaks_on_one_rank_makes_no_rank_wait",
         ],
     ),
     "30": (
@@ -335,6 +404,13 @@ ROWS = {
         [
             "test_distributed.py::test_accumulation_in_no_sync_gives_the_norm_of_the_reduced_sum",
             "test_distributed.py::test_ranks_that_train_by_themselves_have_a_record_each_and_a_finding",
+        ],
+    ),
+    "31": (
+        "logs of ranks that differ",
+        [
+            "test_sources.py::test_ranks_that_tell_other_norms_are_doubted",
+            "test_sources.py::test_steps_with_several_values_are_doubted",
         ],
     ),
     "32": (
@@ -388,6 +464,13 @@ ROWS = {
             "test_automatic.py::test_two_training_threads_have_a_record_each",
         ],
     ),
+    "74": (
+        "a file rewritten as a whole",
+        [
+            "test_records.py::test_sigkill_loses_no_written_line_and_tears_none",
+            "test_reports.py::test_a_report_for_which_there_is_no_room_leaves_the_old_one_whole",
+        ],
+    ),
     "75": ("NaN in JSON", ["test_records.py::test_every_line_is_strict_json"]),
     "76": (
         "resume",
@@ -407,6 +490,10 @@ ROWS = {
             "test_records.py::test_a_live_file_is_read_without_its_unfinished_line",
             "test_recorder.py::test_a_live_record_can_be_read_at_any_moment",
         ],
+    ),
+    "79": (
+        "ascii terminals and closed pipes",
+        ["test_cli.py::test_an_ascii_terminal_and_a_closed_pipe_end_quietly"],
     ),
     "80": (
         "diverged runs",
@@ -450,6 +537,40 @@ ROWS = {
             "test_commands.py::test_a_controller_that_is_killed_ten_times_at_random_moments_goes_on",
         ],
     ),
+    "86": (
+        "dead workers",
+        [
+            "test_worker.py::test_four_workers_of_which_two_are_killed_and_one_is_stopped",
+            "test_storages.py::test_a_journal_file_is_never_opened",
+        ],
+    ),
+    "87": (
+        "a worker that lives past the grace period",
+        ["test_worker.py::test_four_workers_of_which_two_are_killed_and_one_is_stopped"],
+    ),
+    "88": (
+        "one run in two workers",
+        ["test_worker.py::test_two_hundred_short_runs_are_each_trained_once"],
+    ),
+    "89": (
+        "a budget over all workers",
+        [
+            "test_worker.py::test_one_worker_is_like_one_slot",
+            "test_worker.py::test_four_workers_of_which_two_are_killed_and_one_is_stopped",
+        ],
+    ),
+    "90": (
+        "SQLite and several processes",
+        ["test_storages.py::test_files_are_refused_for_several_processes"],
+    ),
+    "91": (
+        "a torn journal file",
+        ["test_storages.py::test_a_journal_file_is_never_opened"],
+    ),
+    "92": (
+        "connections that a server drops",
+        ["test_worker.py::test_a_server_that_is_restarted_loses_nothing"],
+    ),
     "93": (
         "another study file",
         [
@@ -465,6 +586,10 @@ ROWS = {
             "test_baseline.py::test_the_range_reaches_below_the_norms_and_up_to_the_largest",
             "test_controller.py::test_an_unclipped_run_that_dies_early_gets_a_gentle_warm_up",
         ],
+    ),
+    "95": (
+        "Muon",
+        ["test_doubts.py::test_optimizers_with_their_own_meaning_of_clipping"],
     ),
     "96": (
         "YAML",
@@ -491,15 +616,23 @@ ROWS = {
     "99": (
         "passwords in storage URLs",
         [
-            "test_ledger.py::test_no_password_in_any_text",
+            "test_storages.py::test_no_password_in_any_text",
             "test_security.py::test_a_storage_that_fails_never_shows_its_password",
             "test_commands.py::test_the_environment_of_a_run",
+            "test_worker.py::test_the_password_is_nowhere",
         ],
     ),
     "100": (
         "tracebacks with locals",
         [
             "test_security.py::test_no_traceback_shows_local_variables",
+        ],
+    ),
+    "101": (
+        "HTML",
+        [
+            "test_pages.py::test_names_are_text_and_never_tags",
+            "test_pages.py::test_the_page_loads_nothing",
         ],
     ),
     "102": (

@@ -13,11 +13,11 @@ HOUSE = Path(__file__).parent.parent / "normtune"
 # Lower floors first; a room imports from lower floors only.
 FLOORS = [
     {"errors", "statistics", "findings", "trials", "shares", "format"},
-    {"markup", "terminal", "surrogate", "paired"},
+    {"markup", "terminal", "surrogate", "paired", "divergence", "pruning", "patience"},
     {"arms"},
     {"fresh"},
     {"sentences"},
-    {"records", "ranks", "rules", "comparison", "learning_rates"},
+    {"records", "ranks", "rules", "comparison", "learning_rates", "storages"},
     {"sources", "orders", "gradients", "doubts", "plots", "tasks", "plan"},
     {
         "results",
@@ -29,11 +29,12 @@ FLOORS = [
         "study",
         "metrics",
     },
-    {"pairing", "belt", "pictures", "contents"},
+    {"pairing", "belt", "pictures", "contents", "parcels", "presence", "slots"},
     {"buffer", "pages", "watcher"},
     {"recorder"},
     {"run", "baseline", "automatic", "integrations", "launch"},
-    {"controller", "commands", "stored"},
+    {"assignments", "commands", "stored", "crew", "proofs"},
+    {"controller", "worker"},
     {"search", "reports"},
     {"cli"},
     {"__init__", "__main__"},

@@ -1,5 +1,6 @@
 """Real trainings of each framework, with its callback: the norms are those of backward()."""
 
+import inspect
 import logging
 import math
 import warnings
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from normtune.integrations.hooks import NormHooks
-from normtune.records import NormRecord
+from normtune.records import SCHEDULE, NormRecord
 
 # The frameworks' own warnings (few workers, deprecated names) are none of ours.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -35,12 +36,18 @@ def package(request):
     return pl, rooms.NormCallback
 
 
+def whole(trainer):
+    """Lightning before 2.6 loads whole checkpoints without being asked."""
+    known = inspect.signature(trainer.fit).parameters
+    return {"weights_only": False} if "weights_only" in known else {}
+
+
 def batches(n=STEPS):
     x = torch.randn(4 * n, 6, generator=torch.Generator().manual_seed(2))
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4)
 
 
-def module(pl, *, manual):
+def module(pl, *, manual, fused=False):
     """A module that notes its true norms right after each backward()."""
 
     class Net(pl.LightningModule):
@@ -66,14 +73,14 @@ def module(pl, *, manual):
             self.norms.append(true_norm(self.parameters()))
 
         def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, fused=fused)
 
     return Net()
 
 
-def fit(package, *callbacks, manual=False, n=STEPS, **options):
+def fit(package, *callbacks, manual=False, fused=False, n=STEPS, **options):
     pl, _ = package
-    model = module(pl, manual=manual)
+    model = module(pl, manual=manual, fused=fused)
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -112,9 +119,39 @@ def test_lightning_gives_the_norms_before_clipping_and_learns_the_same(kind, pac
     )
     name = package[0].__name__.partition(".")[0]
     holds(f"{name}, {kind}", callback.recorder.record.norms, model.norms[every - 1 :: every])
+    schedule = {} if kind == "manual" else {SCHEDULE: len(callback.recorder.record)}
+    assert callback.recorder.record.metadata.get("metadata", {}) == schedule
     findings = {finding.kind for finding in callback.recorder.findings}
     assert findings == ({"clip-by-value"} if kind == "value clip" else set())
     assert same(model, fit(package, **KINDS[kind])[0])
+
+
+SCALE = 1024.0
+
+
+def amp(package):
+    """Mixed precision with a GradScaler, on the CPU."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    return package[0].plugins.precision.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+
+def test_lightning_with_amp_and_a_fused_optimizer_refuses_to_clip_at_its_first_step(package):
+    """Its own error ends the training before a step is recorded, as it does without normtune."""
+    callback = package[1]()
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(package, callback, fused=True, gradient_clip_val=CLIP, plugins=[amp(package)])
+    assert callback.recorder.n_steps == 0
+
+
+def test_what_lightning_refuses_with_amp_and_a_fused_optimizer_an_imposed_max_norm_does(package):
+    """True norms under the scale, and the clipped training of an optimizer that is not fused."""
+    callback = package[1](max_norm=CLIP)
+    model, _ = fit(package, callback, fused=True, plugins=[amp(package)])
+    norms = np.array(model.norms) / SCALE
+    np.testing.assert_allclose(callback.recorder.record.norms, norms, rtol=1e-5)
+    plain, _ = fit(package, gradient_clip_val=CLIP, plugins=[amp(package)])
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_lightning_takes_an_imposed_max_norm(package):
@@ -149,7 +186,7 @@ def test_a_resumed_lightning_training_continues_its_record(package, tmp_path):
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[callback_class(path)],
     )  # fmt: skip
-    again.fit(model, batches(), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    again.fit(model, batches(), ckpt_path=tmp_path / "half.ckpt", **whole(again))
     record = NormRecord.load(path)
     assert record.steps[0] == 1
     assert len(record) == 8 + len(model.norms)
@@ -219,6 +256,7 @@ def test_the_trainer_callback_gives_every_norm_that_the_trainer_knows(
     holds(f"Hugging Face Trainer, {kind}", record.norms, logged)
     assert record.current == 0.3
     assert callback.recorder.findings == ()
+    assert record.metadata["metadata"] == {SCHEDULE: len(record)}
     assert same(model, trained(transformers, tmp_path, **options)[0])
 
 

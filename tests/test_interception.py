@@ -1,5 +1,6 @@
 """The dispatcher: it sees every call form once, changes nothing, and lets nothing out of a hook."""
 
+import ast
 import copy
 import gc
 import math
@@ -8,6 +9,7 @@ import threading
 import types
 import warnings
 import weakref
+from pathlib import Path
 
 import loops
 import numpy as np
@@ -69,6 +71,16 @@ def test_this_torch_builds_its_clip_functions_as_the_dispatcher_knows(name):
     function = getattr(clip_grad, name)
     cell = function.__closure__[function.__code__.co_freevars.index("func")]
     assert cell.cell_contents.__module__ == interception.__name__
+
+
+def test_the_step_hooks_are_imported_by_their_own_name():
+    """As an attribute of torch.optim the module `optimizer` is not always there (row 42)."""
+    assert interception.register_optimizer_step_pre_hook.__module__ == "torch.optim.optimizer"
+    room = Path(interception.__file__).parent
+    texts = [path.read_text(encoding="utf-8") for path in room.rglob("*.py")]
+    used = [node for text in texts for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.optim.optimizer"]  # fmt: skip
+    assert not used
 
 
 def test_a_torch_that_is_built_differently_is_refused():
@@ -472,6 +484,46 @@ def test_a_recorder_beside_one_that_clips_sees_the_unclipped_norm(clip, limits):
         np.testing.assert_allclose(norms_of(recorder), true, rtol=1e-5)
 
 
+@pytest.mark.parametrize("clip", [lambda _: None, lambda m: early_bound(m.parameters(), 0.37)])
+@pytest.mark.parametrize("limits", [(0.5, 0.21), (0.1, 0.21), (math.inf, 0.21), (0.1, math.inf)])
+def test_of_two_recorders_that_impose_the_younger_wins_and_both_see_true_norms(clip, limits):
+    """Clipped once, with a clip call in the loop and without; the elder says that it does not."""
+    made = []
+    model, true, _ = train(
+        lambda o: made.extend(NormRecorder(o, max_norm=limit) for limit in limits), clip=clip
+    )
+    last = limits[-1] if limits[-1] < math.inf else 1e30
+    alone, _, _ = train(lambda _: None, clip=lambda m: early_bound(m.parameters(), last))
+    assert same(model, alone)
+    for recorder in made:
+        np.testing.assert_allclose(norms_of(recorder), true, rtol=1e-5)
+    assert [[f.kind for f in r.findings] for r in made] == [["overruled"], []]
+
+
+def test_the_elder_of_two_recorders_imposes_again_when_the_younger_is_closed():
+    """Parameters are those of a loop that clips at one value and then at the other."""
+
+    def half_and_half(first, second):
+        return lambda m: early_bound(m.parameters(), first if len(seen) < 6 else second)
+
+    seen = []
+    clipped, _, _ = train(
+        lambda _: None, clip=lambda m: (half_and_half(0.1, 0.21)(m), seen.append(1))
+    )
+    made, seen = [], []
+
+    def close_the_younger(_):
+        seen.append(1)
+        if len(seen) == 7:
+            made[1].close()
+
+    imposed, _, _ = train(
+        lambda o: made.extend(NormRecorder(o, max_norm=limit) for limit in (0.21, 0.1)),
+        clip=close_the_younger,
+    )
+    assert same(imposed, clipped)
+
+
 def test_a_thread_finds_the_recorder_of_its_own_parameters():
     """Four trainings at once, none mixed with another (row 41)."""
     results = {}
@@ -604,6 +656,17 @@ def test_an_object_that_only_looks_like_an_optimizer_is_let_alone():
 
 
 # --- where a call stands ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["<string>", "<stdin>", "<ipython-input-3-0f1e>"])
+def test_the_call_site_in_a_notebook_is_its_cell(file):
+    """Code without a file of its own is the user's too."""
+    cell = "def clip(model):\n    early_bound(model.parameters(), 1.0)\n"
+    names = {"early_bound": early_bound}
+    exec(compile(cell, file, "exec"), names)  # noqa: S102  as notebooks do
+    _, _, recorder = train(NormRecorder, clip=names["clip"])
+    recorder.close()
+    assert recorder.record.series == f"{file}:2"
 
 
 def test_the_call_site_is_the_users_line():

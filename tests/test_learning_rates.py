@@ -5,6 +5,7 @@ import math
 import loops
 import pytest
 import torch
+from torch.optim import lr_scheduler as schedulers
 
 from normtune.errors import StudyError
 from normtune.recorder import NormRecorder
@@ -23,16 +24,47 @@ OPTIMIZERS = {
     "two groups": lambda p, lr: torch.optim.SGD([{"params": p}, {"params": [], "lr": 2 * lr}], lr),
 }
 
+
+class EachEpoch:
+    """A scheduler that is stepped every fourth batch."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.batches = scheduler, 0
+
+    def step(self):
+        self.batches += 1
+        if self.batches % 4 == 0:
+            self.scheduler.step()
+
+
+class OnPlateau:
+    """A scheduler that is told a validation loss every other batch, and this one never falls."""
+
+    def __init__(self, optimizer):
+        self.scheduler = schedulers.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
+        self.batches = 0
+
+    def step(self):
+        self.batches += 1
+        if self.batches % 2 == 0:
+            self.scheduler.step(1.0)
+
+
 SCHEDULES = {
     "none": lambda _: None,
-    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8),
-    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.7),
-    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
-    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda i: 1 / (1 + i)),
-    "chained": lambda o: torch.optim.lr_scheduler.ChainedScheduler(
+    "step, per epoch": lambda o: EachEpoch(schedulers.StepLR(o, 1, gamma=0.5)),
+    "cosine, per epoch": lambda o: EachEpoch(schedulers.CosineAnnealingLR(o, T_max=3)),
+    "plateau": OnPlateau,
+    "cyclic": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, step_size_up=3, cycle_momentum=False),
+    "warm restarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=5),
+    "cosine": lambda o: schedulers.CosineAnnealingLR(o, T_max=8),
+    "exponential": lambda o: schedulers.ExponentialLR(o, 0.7),
+    "one cycle": lambda o: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=20),
+    "lambda": lambda o: schedulers.LambdaLR(o, lambda i: 1 / (1 + i)),
+    "chained": lambda o: schedulers.ChainedScheduler(
         [
-            torch.optim.lr_scheduler.LinearLR(o, total_iters=4),
-            torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+            schedulers.LinearLR(o, total_iters=4),
+            schedulers.ExponentialLR(o, 0.9),
         ]
     ),
 }
@@ -103,7 +135,9 @@ def test_a_factor_equals_a_rate_changed_by_hand(make):
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("scheduler_first", [True, False])
-@pytest.mark.parametrize("name", ["momentum", "tensor lr"])
+@pytest.mark.parametrize(
+    "name", ["SGD", "momentum", "AdamW foreach", "AdamW fused", "tensor lr", "two groups"]
+)
 def test_schedulers_never_see_the_factor(schedule, scheduler_first, name):
     """Rates follow the loop's own schedule, made before the recorder or after it (row 17d)."""
     make = OPTIMIZERS[name]
@@ -111,6 +145,7 @@ def test_schedulers_never_see_the_factor(schedule, scheduler_first, name):
     theirs, expected = train(make, schedule, by_hand=True)
     assert same(ours, theirs)
     assert seen == expected
+    assert schedule is SCHEDULES["none"] or seen[0] != seen[-1]  # this schedule did something
 
 
 def test_a_plain_sgd_factor_equals_a_smaller_lr():
@@ -163,6 +198,61 @@ def test_a_rate_set_inside_the_closure_is_kept_and_scaled(set_inside):
     assert seen == expected
 
 
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_reads_its_rate_before_the_first_closure(search):
+    """And has the smaller one all the same, through all evaluations of its step."""
+
+    def run(lr, **options):
+        model = loops.net()
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=lr, max_iter=4, line_search_fn=search)
+        recorder = NormRecorder(optimizer, **options)
+        for x, y in loops.batches():
+
+            def closure(x=x, y=y):
+                assert optimizer.param_groups[0]["lr"] == lr
+                optimizer.zero_grad()
+                loss = loops.loss_of(model, x, y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            assert optimizer.param_groups[0]["lr"] == lr
+        recorder.close()
+        return model
+
+    smaller = run(0.1 * FACTOR)
+    assert same(run(0.1, lr_factor=FACTOR), smaller)
+    assert not same(run(0.1), smaller)
+
+
+@pytest.mark.parametrize("name", ["momentum", "AdamW foreach", "AdamW fused"])
+def test_steps_that_a_grad_scaler_leaves_out_leave_no_factor(name):
+    """Gradients that overflow now and then; fused optimizers are called all the same."""
+
+    def run(*, by_hand):
+        model = loops.net()
+        optimizer = OPTIMIZERS[name](list(model.parameters()), 0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        recorder = None if by_hand else NormRecorder(optimizer, lr_factor=FACTOR)
+        seen = []
+        for i, (x, y) in enumerate(loops.batches()):
+            optimizer.zero_grad()
+            loss = loops.loss_of(model, x, y)
+            scaler.scale(loss * math.inf if i in (2, 5, 6) else loss).backward()
+            with (ByHand if by_hand else Nothing)(optimizer):
+                scaler.step(optimizer)
+            scaler.update()
+            seen.append(optimizer.param_groups[0]["lr"])
+        if recorder is not None:
+            recorder.close()
+        return model, seen
+
+    ours, seen = run(by_hand=False)
+    theirs, expected = run(by_hand=True)
+    assert same(ours, theirs)
+    assert seen == expected == [0.05] * loops.STEPS
+
+
 class Breaking(torch.optim.SGD):
     """Raises inside the arithmetic of one step, as a device out of memory would."""
 
@@ -184,7 +274,7 @@ def test_a_step_that_raised_leaves_the_loops_own_rate(scheduled):
         model = loops.net()
         optimizer = Breaking(model.parameters(), lr=0.05)
         recorder = None if by_hand else NormRecorder(optimizer, lr_factor=FACTOR)
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        scheduler = schedulers.ExponentialLR(optimizer, 0.8)
         around = ByHand if by_hand else Nothing
         seen = []
         for i, (x, y) in enumerate(loops.batches()):

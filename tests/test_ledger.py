@@ -7,8 +7,9 @@ import pytest
 from optuna.trial import TrialState
 
 from normtune.errors import StudyError
-from normtune.ledger import INTERRUPTED, Ledger, Result, exists, masked
+from normtune.ledger import INTERRUPTED, Ledger, Queued, Result
 from normtune.plan import Planned
+from normtune.storages import exists
 from normtune.trials import Settings, same
 
 RUN = Planned(0.5, 1.0, 0, "explore", free=False, reason="a reason")
@@ -134,13 +135,6 @@ def test_a_storage_that_cannot_be_used_is_one_line(url, said):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["postgresql://u:secret@h/db", "mysql://u@h/db?password=secret"])
-def test_no_password_in_any_text(url):
-    """Passwords are masked wherever a URL is shown."""
-    assert "secret" not in masked(url)
-    assert masked(url).startswith(url.partition("u")[0].partition(":")[0])
-
-
 def test_asking_makes_no_file(url, tmp_path):
     """Asking whether a study exists leaves no database behind."""
     assert not exists(url, "s")
@@ -148,3 +142,42 @@ def test_asking_makes_no_file(url, tmp_path):
     Ledger(url, "s", "minimize")
     assert exists(url, "s")
     assert not exists(url, "other")
+
+
+def test_a_worker_that_died_between_two_writes_has_entered_nothing(url):
+    """What a run has as attributes counts once Optuna was told of its end, and not before."""
+    ledger = Ledger(url, "s", "minimize")
+    for state in ("finished", "crashed"):
+        number, _ = ledger.begin(RUN)
+        trial = optuna.trial.Trial(ledger.study, ledger.study.trials[number]._trial_id)
+        ledger.write(trial, Result(state, 1.0, ((1, 1.0),)))
+        assert ledger.numbers()[number].state == "running"
+        ledger.study.tell(number, state=TrialState.FAIL)
+    assert [t.state for t in ledger.trials()] == ["crashed"]
+
+
+def test_a_run_that_was_entered_twice_counts_once(url):
+    """As it may be where a server went away between the entry and its answer."""
+    ledger = Ledger(url, "s", "minimize")
+    number, _ = ledger.begin(RUN)
+    ledger.study.add_trial(ledger.study.trials[number])
+    assert [t.state.name for t in opened(url).trials] == ["RUNNING", "RUNNING"]
+    assert list(ledger.numbers()) == [number]
+
+
+def test_runs_for_workers_wait(url):
+    """They have their parameters while they wait, are no run of a controller, and can be had back."""
+    ledger = Ledger(url, "s", "minimize")
+    number, folder = ledger.enqueue(RUN)
+    ledger.enqueue(NONE, steps=40)
+    assert [t.state.name for t in opened(url).trials] == ["WAITING", "WAITING"]
+    (waiting,) = ledger.trials()  # a warm-up is no run of the study
+    assert (waiting.max_norm, waiting.state) == (0.5, "running")
+    assert not ledger.running()
+    assert ledger.queued()[0] == Queued(number, folder, "waiting", "")
+    assert ledger.planned(number) == RUN
+    assert ledger.waiting()
+    ledger.take_back()
+    assert [q.state for q in ledger.queued()] == ["interrupted", "interrupted"]
+    assert not ledger.waiting()
+    assert not ledger.trials()

@@ -29,7 +29,9 @@ def test_a_result_shows_its_sentence_and_arms(helped):  # noqa: F811
     page = Tags(helped._repr_html_())
     assert helped.verdict.sentence in page.text
     assert all(arm.label in page.text for arm in helped.verdict.arms)
-    assert sum(tag == "tr" for tag, _ in page.tags) == 1 + len(helped.verdict.arms)
+    assert sum(tag == "tr" for tag, _ in page.tags) == 1 + len(helped.verdict.arms) + len(
+        helped.verdict.explored
+    )
 
 
 def test_names_are_escaped_in_a_notebook():

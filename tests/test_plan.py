@@ -12,6 +12,7 @@ from normtune.plan import (
     Planned,
     Settings,
     Trial,
+    _looks,
     describe_plan,
     free_from,
     next_runs,
@@ -196,6 +197,21 @@ def test_permuting_seed_labels_changes_no_ask():
     assert next_runs(SETTINGS, [*FIRST, *fresh]) == next_runs(SETTINGS, [*FIRST, *relabelled])
 
 
+@pytest.mark.parametrize("helps", [True, False])
+def test_permuting_the_seeds_of_a_look_changes_no_ask(helps):
+    """Seeds that were run together are exchangeable: whatever their labels, the same comes next."""
+    swapped = {1: 2, 2: 1, 4: 6, 5: 4, 6: 5, 7: 9, 8: 7, 9: 10, 10: 8}
+    settings = replace(SETTINGS, max_runs=60, current=2.0)
+    trials, asked = [], 0
+    while runs := next_runs(settings, trials).runs:
+        trials += [simulated(run, helps=helps) for run in runs]
+        moved = [replace(t, seed=swapped.get(t.seed, t.seed)) for t in trials]
+        plan, other = next_runs(settings, trials), next_runs(settings, moved)
+        assert cells(other) == cells(plan)
+        asked += plan.stage == "confirm"
+    assert asked >= 3
+
+
 def test_maximize_mirrors_minimize():
     """A study that maximizes plans as one that minimizes the negative value."""
     mirrored = [replace(t, value=-t.value) for t in EXPLORED]
@@ -346,6 +362,50 @@ def test_confirm_runs_train_in_full():
     for trials in ([NONE], EXPLORED, [*EXPLORED, *BRACKETED]):
         plan = next_runs(settings, trials)
         assert {r.fraction for r in plan.runs} == {1.0 if plan.stage == "confirm" else 0.5}
+
+
+@pytest.mark.parametrize(("least", "looks"), [(3, (3, 6, 10)), (4, (4, 10)), (8, (8,))])
+def test_min_seeds_are_had_by_every_arm_that_is_compared(least, looks):
+    """No arm is dropped before, the sentence's arms come together, and there is no look more."""
+    settings = replace(SETTINGS, max_runs=60, min_seeds=least)
+    assert _looks(settings) == looks
+    trials = []
+    while runs := next_runs(settings, trials).runs:
+        if runs[0].stage == "confirm" and not any(t.stage == "confirm" for t in trials):
+            assert {run.seed for run in runs} == set(range(1, least + 1))
+            assert len({(run.max_norm, run.lr_factor) for run in runs}) == 4
+        trials += [simulated(run) for run in runs]
+    fresh = [
+        t.arm for t in trials if t.stage == "confirm" and (t.lr_factor == 1 or t.max_norm == INF)
+    ]
+    assert min(fresh.count(arm) for arm in fresh) >= least
+    assert {fresh.count(arm) for arm in fresh} <= set(looks)
+
+
+def test_min_seeds_need_a_budget():
+    """Four arms of six seeds are 24 runs of confirmation."""
+    six = replace(SETTINGS, min_seeds=6)
+    assert split(six).sentences == (4, 5, 6)
+    assert split(replace(six, max_runs=40)).sentences == (1, 2, 3, 4, 5, 6)
+
+
+def test_clipping_is_tried_at_the_lower_rate_that_wins():
+    """From 40 runs up, on the seeds that this rate has; below it is not."""
+    arms = confirmed(
+        (INF, 1.0, 9.0), (0.3, 1.0, 5.0), (INF, 1 / 3, 2.0), (INF, 3**-0.5, 3.0), seeds=(1, 2, 3)
+    )
+    trials = [*EXPLORED, *LOWER, *BRACKETED[2:], *arms]
+    for max_runs in (24, 40):
+        settings = replace(SETTINGS, max_runs=max_runs, explore_runs=7, lr_runs=5)
+        seen, plan = list(trials), None
+        while runs := next_runs(settings, seen).runs:
+            plan = runs
+            seen += [
+                ended(r.max_norm, 3.0 + 0.1 * r.seed, lr=r.lr_factor, seed=r.seed, stage=r.stage)
+                for r in runs
+            ]
+        lower = [(r.max_norm, r.lr_factor) for r in plan] == [(0.3, 1 / 3)] * len(plan)
+        assert lower == (max_runs == 40)
 
 
 def test_the_gradient_kept_starts_the_extension_for_sgd_only():

@@ -3,8 +3,10 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
@@ -13,8 +15,8 @@ from finished_study import NORMS, write_finished, write_record
 from small_study import write_study
 from test_cli import normtune
 
-from normtune import records
-from normtune.errors import StudyError
+from normtune import records, reports
+from normtune.errors import NormtuneError, StudyError
 from normtune.reports import Asked, content_of
 from normtune.search import search
 from normtune.stored import load_result, load_suggestion
@@ -81,6 +83,32 @@ def test_a_report_is_written_to_a_file(record, tmp_path):
     assert [p.name for p in page.parent.iterdir()] == ["report.md"]
 
 
+@contextmanager
+def room_for(n):
+    """No file can grow beyond `n` bytes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_report_for_which_there_is_no_room_leaves_the_old_one_whole(tmp_path):
+    """It is written beside the old one and takes its place at once, or not at all (row 74)."""
+    page = tmp_path / "report.html"
+    page.write_text("the old one")
+    with room_for(1000), pytest.raises(NormtuneError, match=r"cannot write the report .*too large"):
+        reports.write("x" * 5000, page)
+    assert page.read_text() == "the old one"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    reports.write("x" * 5000, page)
+    assert len(page.read_text()) == 5000
+
+
 def test_a_page_without_a_file_is_report_html(record, tmp_path, monkeypatch):
     """HTML is never printed to a terminal."""
     monkeypatch.chdir(tmp_path)
@@ -130,7 +158,7 @@ def test_a_password_never_reaches_a_report(study, tmp_path):
     [
         (["--format", "pdf"], 2, "html"),
         (["--rule", "p0.9"], 2, "90"),
-        (["--storage", "sqlite:///a.db", "--format", "text"], 0, "max_norm"),
+        (["--storage", "sqlite:///a.db", "--format", "text"], 2, "study file"),
         (["-o", "nowhere/a.html"], 1, "nowhere"),
         (["--series", "other"], 1, "other"),
     ],

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -44,13 +46,14 @@ def helped():
 def test_the_table_has_a_row_for_each_arm(helped):
     """Arms with max_norm, clipped share, failures, mean and difference stand in one table."""
     lines = str(helped).splitlines()
-    rows = [line for line in lines if line.startswith("  ") and " of " in line]
+    rows = [line for line in lines if line.startswith("  ") and " of 5" in line]
     assert len(rows) == len(helped.verdict.arms) == 3
     (suggestion,) = [row for row in rows if " 0.5 " in row]
     assert "25 %" in suggestion
     assert "0 of 5" in suggestion
     assert "-0.9" in suggestion
-    assert any("5 free" in row for row in rows)
+    assert any("5 free" in row and row.endswith("same as no clipping") for row in rows)
+    assert max(map(len, rows)) <= 110
 
 
 def test_it_ends_with_the_sentence_and_the_suggestion(helped):
@@ -71,9 +74,33 @@ def test_json_is_strict(helped):
 
 
 def test_without_fresh_seeds_nothing_is_claimed():
-    """A study that only explored says that the suggestion was not tried on fresh seeds."""
-    settings = Settings(8, suggestion=0.5, low=0.01, high=5.0)
-    explored = [Trial(math.inf, 1.0, 0, "finished", "explore", 2.0)]
+    """A study that only explored has rows of one seed, and says nothing of the suggestion."""
+    settings = Settings(8, suggestion=0.5, low=0.01, high=5.0, current=2.0)
+    explored = [
+        Trial(math.inf, 1.0, 0, "finished", "explore", 2.0),
+        Trial(0.5, 1.0, 0, "finished", "explore", 1.5),
+        Trial(1.0, 1.0, 0, "diverged", "explore"),
+        Trial(10.0, 1.0, 0, "finished", "explore", 2.0, free=True),
+    ]
     text = str(result_of(settings, explored))
-    assert "the suggestion 0.5 was not tried on fresh seeds" in text
-    assert "study s: 1 training, 0 s in all" in text
+    assert "the suggestion 0.5 had no fresh seeds\n" in text
+    assert "study s: 3 trainings, 0 s in all" in text
+    rows = [re.split(r" {2,}", line.strip()) for line in text.splitlines()[4:9]]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("no clipping", "none", "one seed only"),
+        ("suggestion, best found", "0.5", "-0.5 on one seed only"),
+        ("current", "2", "not tried"),
+        ("common default", "1", "one seed only"),
+        ("common default", "10", "same as no clipping on one seed"),
+    ]
+    assert rows[3][-2] == "1 of 1"
+
+
+def test_a_suggestion_without_fresh_seeds_is_told(helped):
+    """Where the sentence takes the whole budget, nothing is said of the suggestion."""
+    settings = replace(helped.settings, suggestion=0.3, margin=0.3)
+    seen = [t for t in helped.trials if t.max_norm != 0.3]
+    text = str(result_of(settings, seen))
+    assert "suggestion 0.3 had no fresh seeds within this budget: nothing is said of it" in text
+    assert "what counts as equal: within 0.3, which is" in text
+    assert "(yours; " in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -102,8 +103,6 @@ def test_what_is_told_meanwhile(done):
 
 def test_the_result_in_words_and_values(done):
     """The result prints its sentence, and gives a frame and strict JSON values."""
-    import json
-
     _, result, _ = done
     assert result.verdict.sentence in str(result)
     assert "7 trainings" in str(result)
@@ -119,11 +118,56 @@ def test_the_result_in_words_and_values(done):
     "plot", ["plot_slice", "plot_contour", "plot_optimization_history", "plot_intermediate_values"]
 )
 def test_optuna_can_draw_the_study(done, plot):
-    """Optuna's own figures work on the study."""
+    """Optuna's own figures work on the study, those of matplotlib and those of plotly."""
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")
     figures = optuna.visualization.matplotlib
     assert getattr(figures, plot)(optuna_study(done[0])) is not None
+    pytest.importorskip("plotly", reason="optuna.visualization needs plotly")
+    assert getattr(optuna.visualization, plot)(optuna_study(done[0])).data
+
+
+@pytest.fixture
+def dashboard(done):
+    """A client of optuna-dashboard over the study's storage, and the path of the study."""
+    made = pytest.importorskip("optuna_dashboard", reason="opens the study with optuna-dashboard")
+    client = pytest.importorskip("werkzeug.test").Client(
+        made.wsgi(f"sqlite:///{done[0].parent}/s.db")
+    )
+    (study,) = client.get("/api/studies").json["study_summaries"]
+    assert study["study_name"] == "s"
+    return client, f"/api/studies/{study['study_id']}"
+
+
+def test_optuna_dashboard_shows_the_study(done, dashboard):
+    """Its trials with stage, free and clip share, and the verdict, as the browser gets them."""
+    client, path = dashboard
+    shown = client.get(path).json
+    assert len(shown["trials"]) == len(done[1].trials)
+    for trial, ours in zip(shown["trials"], done[1].trials, strict=True):
+        told = {
+            a["key"]: json.loads(a["value"].lower())
+            for a in trial["user_attrs"]
+            if a["key"] in ("free", "clip_share")
+        }
+        assert told == {"free": ours.free, "clip_share": pytest.approx(ours.clip_share)}
+        assert {"key": "stage", "value": ours.stage} in trial["user_attrs"]
+        assert trial["values"] == [ours.value]
+        known = {p["name"]: p["param_external_value"] for p in trial["params"]}
+        assert float(known.get("max_norm", "inf")) == ours.max_norm
+    study = {a["key"]: a["value"] for a in shown["user_attrs"]}
+    assert done[1].verdict.sentence in study["verdict"]
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.filterwarnings("ignore:Attempting to set identical:UserWarning")
+@pytest.mark.parametrize("kind", ["slice", "contour", "parallel_coordinate", "edf", "timeline"])
+def test_optuna_dashboard_draws_the_study(dashboard, kind):
+    """The figures of the study's page, and its table of trials as CSV."""
+    pytest.importorskip("plotly", reason="optuna-dashboard draws with plotly")
+    client, path = dashboard
+    assert client.get(f"{path}/plot/{kind}").json["data"]
+    assert "UserAttribute clip_share" in client.get(path.replace("/api/studies", "/csv")).text
 
 
 # --- going on
@@ -146,6 +190,7 @@ def test_a_larger_budget_goes_on(tmp_path):
     more = search(path, max_runs=6, jobs=3)
     assert arms(more.trials[: len(first.trials)]) == arms(first.trials)
     assert sum(not t.free for t in more.trials) == 6
+    assert more.settings.raised == 0  # there was no verdict yet
 
 
 def test_a_changed_study_is_refused(done):
@@ -195,6 +240,66 @@ def test_a_killed_study_ends_like_one_that_was_not(tmp_path, number):
     assert arms(again.trials) == arms(whole.trials)
 
 
+KILLER = """
+import os, random, signal, sys, time
+import optuna, scipy.stats, sqlalchemy  # loaded once for all controllers
+from multiprocessing import forkserver
+from normtune import processes
+from normtune.search import search
+
+processes.warm_up()  # and so is torch: a forked child may use this fork server, but not ask for it
+forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None
+random.seed(4)
+ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+
+def count():
+    return len(open(sys.argv[3]).read().split()) if os.path.exists(sys.argv[3]) else 0
+
+
+for i in range(10):
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        search(sys.argv[1])
+        os._exit(0)
+    known = count()
+    until = time.monotonic() + 20
+    while count() == known and time.monotonic() < until and os.waitid(os.P_PID, pid, ended) is None:
+        time.sleep(0.01)  # until a training has begun: a busy machine may need longer than a run
+    time.sleep(random.uniform(0.0, 2.0) * float(sys.argv[2]))
+    os.kill(pid, signal.SIGINT if i % 3 == 2 else signal.SIGKILL)
+    os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_ten_times_at_random_moments_ends_the_same(tmp_path):
+    """No trial is there twice, no training runs on, and the trials are those of an unkilled one."""
+    waits = "time.sleep(0.005)"
+    budget = "{max_runs: 8}"
+    whole = search(write_study(tmp_path / "whole", before=waits, search=budget))
+    a_run = 2 * sum(t.seconds for t in whole.trials if not t.free) / 8  # with what is around it
+    path = write_study(tmp_path / "killed", before=waits, search=budget)
+    pids = path.parent / "pids"
+    note = f"open({str(pids)!r}, 'a').write(str(os.getpid()) + chr(10)) if step == 1 else {waits}"
+    write_study(path.parent, before=note, search=budget)
+    subprocess.run([sys.executable, "-c", KILLER, path, str(a_run), pids], check=True, timeout=180)
+    assert all(gone(int(pid)) for pid in _lines(pids))
+    again = search(path)
+    assert arms(again.trials) == arms(whole.trials)
+    assert str(again.verdict) == str(whole.verdict)
+    ended = [
+        json.dumps(t.params)
+        for t in optuna_study(path).trials
+        if t.state.is_finished() and t.state != TrialState.FAIL
+    ]
+    assert len(ended) == len(set(ended)) == len(whole.trials)
+    trained = [t for t in again.trials if not t.free]
+    assert len(_lines(pids)) > len(trained)  # some were begun again
+
+
 def _lines(file) -> set[str]:
     return set(file.read_text().split()) if file.exists() else set()
 
@@ -210,6 +315,17 @@ def test_record_runs_only_the_warm_up(tmp_path):
     assert len(recorded.record) == 40
     assert recorded.suggestion.max_norm == suggest(recorded.path).max_norm
     assert np.isinf(recorded.record.max_norm).all()
+
+
+def test_without_warmup_steps_a_search_reads_its_whole_unclipped_run(tmp_path):
+    """The run is there in full; a recording of its own stops after 200 steps."""
+    path = write_study(tmp_path / "study", warmup_steps=None, params="{steps: 240}")
+    result = search(path, max_runs=4)
+    folder = optuna_study(path).trials[0].user_attrs["folder"]
+    whole = NormRecord.load(path.parent / "s.runs" / folder / RECORD)
+    assert len(whole) == 240
+    assert result.settings.suggestion == suggest(whole).max_norm
+    assert len(record_study(path).record) == 200
 
 
 def test_record_explains_a_failing_training(tmp_path):
@@ -238,7 +354,7 @@ def test_a_plan_knows_what_is_done(done):
     assert "9 runs at most, 7 done" in plan_of(done[0], max_runs=9)
 
 
-@pytest.mark.parametrize("given", [{"max_runs": 3}, {"jobs": 0}, {"time_limit": 0}])
+@pytest.mark.parametrize("given", [{"max_runs": 3}, {"jobs": -1}, {"time_limit": 0}])
 def test_impossible_arguments_are_refused(tmp_path, given):
     """Arguments that override the file are checked like its keys."""
     path = write_study(tmp_path / "study")

@@ -18,6 +18,7 @@ from source_samples import NORMS, ONES, SAMPLES, TENS, hf_console, trainer_state
 from normtune import sources
 from normtune.errors import RecordError
 from normtune.records import NormRecord, RecordWriter, header, row
+from normtune.suggestion import suggest
 
 ids = {"ids": lambda sample: sample.name}
 
@@ -343,6 +344,41 @@ def test_copies_of_other_ranks_are_dropped(tmp_path, ranks):
     np.testing.assert_allclose(record.norms, NORMS, atol=1e-9)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.0001, 1.1])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_ranks_that_tell_other_norms_are_doubted(tmp_path, order, factor):
+    """The norms of one rank are taken as before, with the reason why they may not be the model's."""
+    lines = [
+        f"[rank{r}]:[titan] INFO - step: {s:2d}  loss: 1.0  grad_norm: {n * factor**r:7.4f}"
+        for s, n in zip(TENS, NORMS, strict=True)
+        for r in order
+    ]
+    record = sources.read(write(tmp_path, "a.log", "\n".join(lines) + "\n"))
+    np.testing.assert_allclose(record.norms, np.array(NORMS) * factor ** order[0], rtol=1e-4)
+    assert [finding.kind for finding in record.findings] == ["ranks-differ"] * (factor == 1.1)
+    assert not any(finding.blocks for finding in record.findings)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_steps_with_several_values_are_doubted(tmp_path, factor):
+    """Each rank logs its own norm, and no line says which rank it is of."""
+    rows_of_ranks = [
+        {"step": s, "grad_norm": n * factor**r}
+        for s, n in zip(TENS, NORMS, strict=True)
+        for r in range(4)
+    ]
+    record = sources.read(write(tmp_path, "m.jsonl", jsonl(rows_of_ranks)))
+    said = [finding.text for finding in record.findings]
+    assert len(said) == (factor == 1.1)
+    assert all(f"{len(NORMS)} of {len(NORMS)} steps have several values" in s for s in said)
+
+
+def test_a_resume_that_repeats_a_few_steps_is_no_difference_of_ranks(tmp_path):
+    """Only where most steps have several values do ranks come into question."""
+    again = [*rows()[:20], *({**row, "grad_norm": row["grad_norm"] * 2} for row in rows()[17:])]
+    assert sources.read(write(tmp_path, "m.jsonl", jsonl(again))).findings == ()
+
+
 def test_copies_without_a_rank_are_dropped(tmp_path):
     """The same step and value within a few lines is a copy."""
     lines = [
@@ -483,6 +519,14 @@ def test_a_torn_last_value_is_not_taken(tmp_path, cut):
     table = "step,grad_norm\n" + "".join(f"{s},{n:.6f}\n" for s, n in zip(TENS, NORMS, strict=True))
     assert len(sources.read(write(tmp_path, "a.csv", table + "410,0."))) == len(NORMS)
     assert len(sources.read(write(tmp_path, "b.csv", table + "41"))) == len(NORMS)
+
+
+def test_a_training_that_is_still_running_is_doubted(tmp_path):
+    """The Trainer's max_steps tells how much of the schedule its log covers."""
+    for max_steps, there in ((2000, True), (500, False), (0, False), ("many", False)):
+        content = trainer_state(max_steps=max_steps)
+        found = suggest(write(tmp_path, "trainer_state.json", content)).doubts
+        assert any("ends at step 400 of 2000" in text for text in found) == there
 
 
 def test_torn_trainer_state_keeps_its_rows(tmp_path):

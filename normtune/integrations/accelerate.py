@@ -27,6 +27,9 @@ def record(
         optimizer: One optimizer or several, prepared or not.
         path: The record file; without it the record stays in memory.
         options: As for `NormRecorder`: max_norm, groups, metadata and so on.
+
+    Returns:
+        The recorder; close it, or let the program end.
     """
     steps = accelerator.gradient_accumulation_steps
     metadata = {"gradient_accumulation_steps": steps, **options.pop("metadata", {})}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from normtune.recorder import NormRecorder
+from normtune.records import SCHEDULE
 from normtune.suggestion import Suggestion
 
 
@@ -33,15 +36,27 @@ class NormHooks:
         self._state: dict[str, Any] = {}
 
     def suggest(self, **options: Any) -> Suggestion:
-        """Suggest a max_norm from the norms so far; `options` as for `normtune.suggest`."""
+        """Suggest a max_norm from the norms so far.
+
+        Args:
+            options: As for `normtune.suggest`.
+
+        Returns:
+            The suggestion.
+
+        Raises:
+            ValueError: Before trainer.fit(), when nothing is recorded.
+        """
         if self.recorder is None:
             message = "nothing is recorded yet: call suggest() after trainer.fit()"
             raise ValueError(message)
         return self.recorder.suggest(**options)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach a recorder to the trainer's optimizers."""
-        self.recorder = NormRecorder(trainer.optimizers, self._path, **self._options)
+        metadata = _schedule(trainer, pl_module) | (self._options.get("metadata") or {})
+        options = {**self._options, "metadata": metadata}
+        self.recorder = NormRecorder(trainer.optimizers, self._path, **options)
         if self._state:
             self.recorder.load_state_dict(self._state)
 
@@ -64,3 +79,12 @@ class NormHooks:
     def _close(self) -> None:
         if self.recorder is not None:
             self.recorder.close()
+
+
+def _schedule(trainer: Any, pl_module: Any) -> dict[str, int]:
+    """How many steps the training takes, where the trainer can tell."""
+    steps = math.inf
+    with suppress(Exception):  # Lightning's own: it refuses where accumulation changes on the way
+        steps = trainer.estimated_stepping_batches
+    counted = pl_module.automatic_optimization and math.isfinite(steps)
+    return {SCHEDULE: int(steps)} if counted else {}

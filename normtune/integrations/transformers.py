@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from normtune.recorder import NormRecorder
+from normtune.records import SCHEDULE
 from normtune.suggestion import Suggestion
 
 
@@ -28,7 +29,17 @@ class NormCallback(TrainerCallback):
         self._options = options
 
     def suggest(self, **options: Any) -> Suggestion:
-        """Suggest a max_norm from the norms so far; `options` as for `normtune.suggest`."""
+        """Suggest a max_norm from the norms so far.
+
+        Args:
+            options: As for `normtune.suggest`.
+
+        Returns:
+            The suggestion.
+
+        Raises:
+            ValueError: Before trainer.train(), when nothing is recorded.
+        """
         if self.recorder is None:
             message = "nothing is recorded yet: call suggest() after trainer.train()"
             raise ValueError(message)
@@ -37,9 +48,9 @@ class NormCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Attach a recorder; a training that resumes continues the record."""
         resume = self._path is not None and state.global_step > 0
-        self.recorder = NormRecorder(
-            kwargs["optimizer"], self._path, **{"resume": resume, **self._options}
-        )
+        facts = {SCHEDULE: state.max_steps, **(self._options.get("metadata") or {})}
+        options = {"resume": resume, **self._options, "metadata": facts}
+        self.recorder = NormRecorder(kwargs["optimizer"], self._path, **options)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Write what waits."""

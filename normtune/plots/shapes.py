@@ -25,7 +25,15 @@ NEAR = 10.0  # a value further from the norms than this is told, not drawn
 
 
 def plot_distribution(suggestion: Suggestion, ax: Axes) -> Axes:
-    """Draw how often which norm occurred, with percentiles, 1.0, 10.0 and the suggestion."""
+    """Draw how often which norm occurred, with percentiles, 1.0, 10.0 and the suggestion.
+
+    Args:
+        suggestion: What `suggest` gave.
+        ax: Where to draw.
+
+    Returns:
+        `ax`.
+    """
     norms = suggestion.record.finite
     norms = norms[norms > 0]
     low, high = float(norms.min()), float(norms.max())
@@ -49,7 +57,15 @@ def plot_distribution(suggestion: Suggestion, ax: Axes) -> Axes:
 
 
 def plot_effect(suggestion: Suggestion, ax: Axes) -> Axes:
-    """Draw the gradient kept and the share of steps clipped as functions of max_norm."""
+    """Draw the gradient kept and the share of steps clipped as functions of max_norm.
+
+    Args:
+        suggestion: What `suggest` gave.
+        ax: Where to draw.
+
+    Returns:
+        `ax`.
+    """
     finite = suggestion.record.finite
     norms = finite[finite > 0]
     low, high = float(norms.min()), float(norms.max())

@@ -11,12 +11,13 @@ from normtune.records.lines import (
     row,
     strict,
 )
-from normtune.records.record import ANONYMOUS, ClipSide, Finding, NormRecord, Origin
+from normtune.records.record import ANONYMOUS, SCHEDULE, ClipSide, Finding, NormRecord, Origin
 from normtune.records.stores import FileStore, MemoryStore, RecordWriter, Row
 
 __all__ = [
     "ANONYMOUS",
     "FORMAT_VERSION",
+    "SCHEDULE",
     "SUFFIX",
     "ClipSide",
     "FileStore",

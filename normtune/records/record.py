@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ANONYMOUS = "norm"  # the series of a record that never named one
+SCHEDULE = "schedule_steps"  # in the metadata: how many steps the whole training takes, if known
 
 ClipSide = Literal["before", "after", "unknown"]
 
@@ -119,6 +120,9 @@ class NormRecord:
             metadata: What else is known about the run.
             origin: Where the values come from.
 
+        Returns:
+            The record.
+
         Raises:
             ValueError: If `norms` is not one-dimensional and numeric.
         """
@@ -147,6 +151,9 @@ class NormRecord:
             series: Which series; without it the one with most steps.
             attempt: Which start of the run, counted from 1 (negative from the end); without it
                 the last start together with those that it continues.
+
+        Returns:
+            The record of one series.
 
         Raises:
             RecordError: If the file is missing, is not a record, or has no such series or attempt.
@@ -179,7 +186,14 @@ class NormRecord:
         return float(known[-1]) if len(known) and np.isfinite(known[-1]) and not imposed else None
 
     def skip(self, n: int) -> NormRecord:
-        """The same record without its first `n` steps."""
+        """Leave out the start of a run.
+
+        Args:
+            n: How many steps.
+
+        Returns:
+            The same record without them.
+        """
         keep = slice(n, None)
         return replace(
             self,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -112,13 +113,16 @@ class RecordWriter:
         return self._refused(OSError(28, "No space left on device"))
 
 
-@dataclass(frozen=True)
+_NOTHING: Mapping[str, object] = MappingProxyType({})
+
+
+@dataclass(eq=False, slots=True)
 class Row:
     """One step of one series on its way into a record; `extra` as for `row`."""
 
     step: int
     norm: float
-    extra: Mapping[str, object] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=lambda: _NOTHING)
 
 
 class MemoryStore:
@@ -222,7 +226,11 @@ class FileStore:
 
     def rows(self, rows: Sequence[Row]) -> None:
         """Append `rows`."""
-        self._writer.write([row(r.step, r.norm, **r.extra) for r in rows])  # type: ignore[arg-type]
+        lines = [
+            row(r.step, r.norm, **r.extra) if r.extra else row(r.step, r.norm)  # type: ignore[arg-type]
+            for r in rows
+        ]
+        self._writer.write(lines)
 
     def declare(self, line: Json) -> None:
         """Append the description of a series."""

@@ -37,6 +37,9 @@ def read(
         series: Which series of a normtune record.
         progress: Told the bytes read so far and all bytes of each file.
 
+    Returns:
+        The norms, with where they come from.
+
     Raises:
         RecordError: If there are no norms, or several and no way to tell which is the total.
     """
@@ -56,8 +59,11 @@ def list_series(
         source: A file, a folder, or a binary stream such as ``sys.stdin.buffer``.
         progress: Told the bytes read so far and all bytes of each file.
 
+    Returns:
+        One entry a series; none for a source without norms.
+
     Raises:
-        RecordError: If the source cannot be read; one without norms gives an empty tuple.
+        RecordError: If the source cannot be read.
     """
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
         return listing.of_folder(Path(source), progress)

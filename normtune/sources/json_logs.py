@@ -50,6 +50,8 @@ def read_document(data: Bytes, asked: Asked) -> Reading:
         reading.max_norm, reading.stated = in_mapping(document), "the file itself"
     if b'"log_history"' in data.start(1 << 20):
         reading.kind = "trainer_state.json"
+        steps = number(document.get("max_steps")) if isinstance(document, dict) else None
+        reading.schedule = math.nan if steps is None else steps
     return _finished(reading, rows, data)
 
 

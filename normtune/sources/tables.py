@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from normtune.sources.families import Family
 from normtune.sources.keys import Role, role
+from normtune.sources.other_ranks import OtherRanks
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -127,6 +128,8 @@ class Reading:
         hint: What to tell a user whose file holds no norms.
         torn: Lines or records that could not be read.
         looked: Rows that were searched for a max_norm.
+        schedule: Steps that the whole training was to take; nan where the log is silent.
+        other_ranks: What lines of other ranks told, which were not taken.
     """
 
     path: str
@@ -138,6 +141,8 @@ class Reading:
     hint: str = ""
     torn: int = 0
     looked: int = 0
+    schedule: float = math.nan
+    other_ranks: OtherRanks | None = None
 
 
 @dataclass(frozen=True)

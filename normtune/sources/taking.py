@@ -8,10 +8,11 @@ from pathlib import PurePath
 import numpy as np
 
 from normtune.errors import RecordError
-from normtune.records import NormRecord, Origin
+from normtune.records import SCHEDULE, Finding, NormRecord, Origin
 from normtune.sources import clipping
 from normtune.sources.choice import family_of, no_norms
 from normtune.sources.families import Family, Value
+from normtune.sources.other_ranks import several_values
 from normtune.sources.runs import Series, cadence, pick, series
 from normtune.sources.streams import Bytes
 from normtune.sources.tables import Column, Reading
@@ -38,11 +39,26 @@ def record(reading: Reading, column: Column, attempt: int | None, data: Bytes) -
     metadata: dict[str, object] = {"asked_max_norm": stated, "asked_in": where} if where else {}
     if chosen.steps is None:
         metadata["steps"] = "not logged"
-    return _plain(chosen, column.key, metadata, origin)
+    elif reading.schedule > 0:
+        metadata[SCHEDULE] = reading.schedule
+    return _plain(chosen, column.key, metadata, origin, _ranks_differ(reading, chosen))
+
+
+def _ranks_differ(reading: Reading, chosen: Series) -> tuple[Finding, ...]:
+    others = reading.other_ranks
+    text = others.differ(chosen.steps, chosen.norms) if others is not None else ""
+    text = text or several_values(chosen.steps, chosen.norms)
+    return (Finding("ranks-differ", text),) if text else ()
 
 
 def describe(taken: NormRecord) -> str:
     """What was taken, as one sentence.
+
+    Args:
+        taken: What `read` gave.
+
+    Returns:
+        The key, the file, the number of values, their steps, and the side of clipping.
 
     >>> origin = Origin("out/train.log", "text log", "gnorm", "before", "mean of window")
     >>> describe(NormRecord.of([1.0, 2.0], steps=[10, 20], origin=origin))
@@ -67,7 +83,13 @@ def _value(chosen: Series, family: Family) -> tuple[Value, list[str]]:
     return "each step" if every else family.value, notes
 
 
-def _plain(chosen: Series, key: str, metadata: dict[str, object], origin: Origin) -> NormRecord:
+def _plain(
+    chosen: Series,
+    key: str,
+    metadata: dict[str, object],
+    origin: Origin,
+    findings: tuple[Finding, ...],
+) -> NormRecord:
     """A record whose unknown columns take no memory: ten million steps must stay small."""
     n = len(chosen.norms)
     unknown = np.broadcast_to(np.float64(np.nan), (n,))
@@ -81,6 +103,7 @@ def _plain(chosen: Series, key: str, metadata: dict[str, object], origin: Origin
         belted=no,
         series=key,
         metadata=metadata,
+        findings=findings,
         origin=origin,
     )
 

@@ -25,6 +25,7 @@ from normtune.sources.families import HF, UNKNOWN
 from normtune.sources.json_logs import flat_objects
 from normtune.sources.keys import Role, role
 from normtune.sources.numbers import number, whole
+from normtune.sources.other_ranks import OtherRanks
 from normtune.sources.rows import EpochClock, Rows
 from normtune.sources.streams import Bytes
 from normtune.sources.tables import Asked, Column, Reading
@@ -47,6 +48,7 @@ def read(data: Bytes, asked: Asked) -> Reading:
     for block in data.lines():
         lines.take(block, unfinished=data.unfinished)
     reading.columns = lines.columns()
+    reading.other_ranks = lines.other_ranks
     if lines.pretty and not any(len(column) for column in reading.columns.values()):
         reading.columns = _spread(data, asked)
     _hint(reading, lines)
@@ -79,6 +81,7 @@ class _Lines:
     def __init__(self, asked: Asked, reading: Reading) -> None:
         self.pretty = 0
         self.hugging_face = False
+        self.other_ranks = OtherRanks()
         self._asked = asked
         self._reading = reading
         self._columns: dict[tuple[int, str], Column | None] = {}
@@ -167,6 +170,7 @@ class _Lines:
         if b"\x1b" in line:
             line = _COLOUR.sub(b"", line)
         if self._is_copy(line):
+            self._compare(line)
             return
         dialect = self._dialect
         if dialect is not None and self._speak(dialect, line, unfinished=unfinished):
@@ -189,6 +193,18 @@ class _Lines:
             match = _RANK.match(line)
             self._speaker = match[1] if match else None
         return self._rank is not None and self._speaker not in (None, self._rank)
+
+    def _compare(self, line: bytes) -> None:
+        """Keep what another rank tells of a step."""
+        dialect = self._dialect
+        if dialect is None or dialect.step is None or not self.other_ranks.wanted:
+            return
+        value, step = dialect.value.search(line), dialect.step.search(line)
+        if value is None or step is None or len(step.groups()) != 1 or not step[1].isdigit():
+            return
+        told = number(value[value.lastindex or 0].decode(errors="replace"))
+        if told is not None:
+            self.other_ranks.add(int(step[1][:18]), told)
 
     def _speak(self, dialect: Dialect, line: bytes, *, unfinished: bool) -> bool:
         for literal in dialect.needs:

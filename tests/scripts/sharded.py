@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
-from normtune import NormRecorder, ranks
+from normtune import NormRecorder, gradients, ranks
 
 STEPS = 12
 CLIP = 0.37
@@ -321,6 +321,84 @@ def rank_0_closes_early(folder):
         train(model, optimizer, before_step=stop)
     said = [str(w.message) for w in caught if "normtune" in str(w.message)]
     return {"steps": recorder.n_steps, "said": said}
+
+
+@case
+def a_norm_that_an_engine_knows(folder):
+    """A sharded total, as get_total_norm returns it: no format string and no item() fits it."""
+    model = fsdp2()
+    optimizer = sgd(model)
+    recorder = NormRecorder(None, folder / "run.norms.jsonl")
+    true, kinds = [], set()
+
+    def tell(model):
+        total = get_total_norm([p.grad for p in model.parameters()])
+        kinds.add(type(total).__name__)
+        true.append(full(total).item())
+        recorder.record_norm(total)
+
+    train(model, optimizer, clip=tell)
+    said = repr(recorder)
+    return {"norms": recorder.record.norms.tolist(), "true": true, "kinds": list(kinds),
+            "said": said}  # fmt: skip
+
+
+def breaking(folder, rank, break_it, **options):
+    """From its sixth step on something goes wrong in the recorder of one rank."""
+    model = fsdp2()
+    optimizer = sgd(model)
+    recorder = NormRecorder(optimizer, folder / "run.norms.jsonl", **options)
+
+    def fail(*_, **__):
+        message = "broken"
+        raise ValueError(message)
+
+    def at(step):
+        if step == 5 and dist.get_rank() == rank:
+            break_it(recorder, fail)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parameters = train(model, optimizer, before_step=at)
+    said = [str(w.message) for w in caught if "normtune" in str(w.message)]
+    model = fsdp2()
+    same = parameters == train(model, sgd(model))
+    return {"steps": recorder.n_steps, "said": said, "same": same}
+
+
+@case
+def a_store_that_fails_on_rank_1(folder):
+    """After the norm of the step, in each write."""
+
+    def break_it(recorder, fail):
+        recorder._buffer.store.rows = fail
+
+    return breaking(folder, 1, break_it, flush_every=1)
+
+
+@case
+def a_hook_that_fails_on_rank_0(folder):
+    """Before the norm of the step, for which rank 1 waits already."""
+
+    def break_it(recorder, fail):
+        time.sleep(0.1)
+        recorder._listen_to_new = fail
+
+    return breaking(folder, 0, break_it)
+
+
+@case
+def a_norm_that_fails_on_rank_1(folder):
+    """In the rank's own part of it."""
+    kept = gradients.norms_of_each
+
+    def break_it(recorder, fail):
+        gradients.norms_of_each = fail
+
+    try:
+        return breaking(folder, 1, break_it)
+    finally:
+        gradients.norms_of_each = kept
 
 
 @case
