@@ -271,7 +271,8 @@ def torch_total_norm(
     """
     if plain and not error_if_nonfinite:
         p = float(norm_type)
-        return _vector_norm(torch._foreach_norm(list(grads), p), p)
+        own = grads if isinstance(grads, list) else list(grads)
+        return _vector_norm(torch._foreach_norm(own, p), p)
     total: Tensor = clip_grad._get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
     return total
 
@@ -298,18 +299,26 @@ def scale_each(grads: Sequence[Tensor], factor: Tensor) -> None:
         local.mul_(factor.to(local.device))
 
 
-def clip_(grads: Sequence[Tensor], max_norm: float, norm: Tensor) -> bool | None:
+def clip_(
+    grads: Sequence[Tensor], max_norm: float, norm: Tensor, value: float | None = None
+) -> bool | None:
     """Scale dense gradients of one device and dtype in place, as torch's clip does, bit for bit.
 
     On the CPU the multiplication is left out where the factor is 1.0, which changes nothing: torch
     multiplies to spare a device read that the CPU does not need.
 
+    Args:
+        grads: The gradients.
+        max_norm: The limit.
+        norm: Their norm, as torch has it.
+        value: The same as a number, where it is on the CPU and known.
+
     Returns:
         Whether the gradients were scaled; None where only the device knows.
     """
-    on_cpu = norm.is_cpu
+    on_cpu = value is not None or norm.is_cpu
     if on_cpu:
-        value = norm.item()
+        value = norm.item() if value is None else value
         if math.isfinite(value) and value + EPSILON <= max_norm * (1 - EPSILON):
             return False
     factor = coefficient(max_norm, norm)

@@ -33,7 +33,7 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep  # noqa: PTH1
 _STEP_FILE = os.path.join("torch", "optim", "optimizer.py")  # noqa: PTH118
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class ClipCall:
     """One clip call of the user's loop, seen before it changes a gradient.
 
@@ -45,7 +45,8 @@ class ClipCall:
         asked: The max_norm (or clip_value) that the loop asked for.
         norm_type: The p of the norm; None where a direct call does not say.
         total_norm: The norm that torch computed or was given; None for a value clip.
-        scaled: How the call's gradients were left: None while unknown.
+        plain: Whether its gradients are dense, of one device and one dtype.
+        value: The norm as a number, where that costs no waiting and is in fp32 or wider.
     """
 
     site: str
@@ -56,6 +57,7 @@ class ClipCall:
     norm_type: float | None
     total_norm: Tensor | None
     plain: bool = False
+    value: float | None = None
 
 
 class Listener(Protocol):
@@ -341,6 +343,8 @@ def spy_clip_grad_norm_(
         _tell_failed(listeners, call)
         raise
     call.total_norm = total_norm
+    if call.plain and total_norm.is_cpu and total_norm.dtype not in gradients.HALF:
+        call.value = total_norm.item()
     _clip(call, listeners, max_norm, foreach)
     return total_norm
 
@@ -418,7 +422,7 @@ def _clip(
         _tell_end(listeners, call)
         return
     if call.plain and isinstance(limit, int | float):
-        gradients.clip_(call.grads, limit, call.total_norm)
+        gradients.clip_(call.grads, limit, call.total_norm, call.value)
     else:
         _original["_clip_grads_with_norm_"](call.parameters, limit, call.total_norm, foreach)
     _tell_end(listeners, call)

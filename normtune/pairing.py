@@ -84,7 +84,7 @@ def _version(grad: Tensor) -> int:
         return 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Event:
     """A clip call, or the end of a backward pass, that waits for its step."""
 
@@ -294,6 +294,9 @@ class Pairing:
     def _add(self, event: Event) -> None:
         if self.events:
             now, alive = self.backwards.count, self.backwards.alive
+            if alive and all(e.used and e.backward < now for e in self.events):
+                self.events = [event]  # nearly always
+                return
             over = [e for e in self.events if e.used and (not alive or e.backward < now)]
             self.events = [e for e in self.events if e not in over][-MOST_PENDING:]
             event.repeats = any(_had_these(e, event, now, sure=alive) for e in self.events)
@@ -318,9 +321,12 @@ class Pairing:
     def _after_its_step(self, call: ClipCall) -> bool:
         if not self.backwards.alive:
             return False
-        owners = {self._owner.get(id(call.parameters[i])) for i in spread(len(call.parameters))}
         now = self.backwards.count
-        return all(owner is not None and self._stepped.get(owner) == now for owner in owners)
+        for i in spread(len(call.parameters)):
+            owner = self._owner.get(id(call.parameters[i]))
+            if owner is None or self._stepped.get(owner) != now:
+                return False
+        return True
 
     def _series_of(self, call: ClipCall) -> Series:
         n = len(call.parameters)
@@ -370,6 +376,9 @@ class Pairing:
 
     def _norm_of_call(self, call: ClipCall, norm_type: float) -> tuple[Norm, EachNorm | None]:
         given = call.total_norm
+        value, alone = call.value, not self._each and self.meet is None
+        if alone and value is not None and 0.0 < value < math.inf:
+            return value, None
         if given is None or (call.kind == "norm" and (self._each or given.dtype in gradients.HALF)):
             with_grad = [p for p in call.parameters if p.grad is not None]
             norm, each = self.measure(with_grad, norm_type)

@@ -16,13 +16,18 @@ from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from normtune import storages
 from normtune.tasks import OUTPUT, Outcome, Task
 
+if TYPE_CHECKING:
+    import psutil
+
 # What every training needs and what takes seconds to import; optimizers import torch._dynamo.
 PRELOAD = ["torch", "torch._dynamo", "numpy"]
 GRACE_SECONDS = 2.0  # between the polite signal and the last one
+MOST_ROUNDS = 100  # of ending what runs; each finds what was started during the one before
 LINGER_SECONDS = 10.0  # how long a run may take to end after its result is written
 
 
@@ -164,10 +169,24 @@ def end_descendants() -> None:
     """End all that this process started, sessions of their own (torchrun's workers) included."""
     import psutil
 
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process().children(recursive=True):
+    me = psutil.Process()
+    for _ in range(MOST_ROUNDS):  # one that is about to start another is seen before it has
+        alive = [p for p in me.children(recursive=True) if _runs(p)]
+        if not alive:
+            return
+        for process in alive:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        time.sleep(0.01)
+
+
+def _runs(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _redirect(task: Task) -> None:

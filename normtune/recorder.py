@@ -208,10 +208,14 @@ class NormRecorder(Watcher):
         Returns:
             The total norm before clipping, as torch returns it.
         """
-        with torch.no_grad():
+        known = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # a torch.no_grad() would be felt in small models
+        try:
             return interception.spy_clip_grad_norm_(
                 parameters, max_norm, norm_type, error_if_nonfinite, foreach
             )
+        finally:
+            torch._C._set_grad_enabled(known)
 
     def add(self, optimizer: Any) -> None:
         """Record another optimizer of the same training too, in series of its own.
