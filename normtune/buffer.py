@@ -25,19 +25,28 @@ class Pending:
 
     measured: Measured
     step: int
-    max_norm: float
+    imposed: float | None  # the max_norm of the recorder
     lr: float
     belted: bool
-    imposed: bool = False
+
+    @property
+    def max_norm(self) -> float:
+        """The max_norm in force; nan where the loop asked for a senseless one."""
+        if self.imposed is not None:
+            return self.imposed
+        asked = self.measured.asked
+        if asked is None:
+            return math.inf
+        return asked if asked > 0 else math.nan
 
 
 @dataclass(eq=False, slots=True)
-class _Value:
-    """A pending step's values on the host."""
+class _Values:
+    """What the pending steps measured, on the host: one of each for each step."""
 
-    norm: float
-    skipped: bool
-    each: list[float] | None
+    norms: list[float]
+    skipped: list[bool]
+    each: list[list[float] | None]
 
 
 class Buffer:
@@ -56,7 +65,7 @@ class Buffer:
         self.start = 0  # where a series begins that is new in an attempt that continues another
         self._names = names
         self._norm_type = norm_type
-        self._waiting: list[Pending] = []
+        self.waiting: list[Pending] = []  # until the next flush
         self.restart(store)
         _BUFFERS.add(self)
 
@@ -73,10 +82,7 @@ class Buffer:
 
     def drop(self) -> None:
         """Forget what waits."""
-        self._waiting.clear()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
+        self.waiting.clear()
 
     @property
     def n_steps(self) -> int:
@@ -84,12 +90,16 @@ class Buffer:
         return max(self.counts.values(), default=self.start)
 
     def keep(
-        self, measured: Measured, *, max_norm: float, lr: float, belted: bool, imposed: bool
+        self,
+        measured: Measured,
+        imposed: float | None,
+        lr: float,
+        belted: bool,  # noqa: FBT001  called at every step
     ) -> None:
         """Take one step; its values may still be on the device."""
         name = measured.series.name
         step = self.counts[name] = self.counts.get(name, self.start) + 1
-        self._waiting.append(Pending(measured, step, max_norm, lr, belted, imposed))
+        self.waiting.append(Pending(measured, step, imposed, lr, belted))
 
     def flush(self) -> list[tuple[str, float]]:
         """Read the waiting values in one go and hand the rows to the store.
@@ -98,7 +108,7 @@ class Buffer:
             (series, norm) of each step that was taken, but not what an engine gave: it may have
             left out the step by itself.
         """
-        pending, self._waiting = self._waiting, []
+        pending, self.waiting = self.waiting, []
         if not pending:
             return []
         if self._pid != os.getpid():  # a forked child that trains has a store of its own
@@ -106,9 +116,9 @@ class Buffer:
         values = _values(pending)
         self._write(pending, values)
         return [
-            (item.measured.series.name, value.norm)
-            for item, value in zip(pending, values, strict=True)
-            if not value.skipped and item.measured.series.by != "given"
+            (item.measured.series.name, norm)
+            for item, norm, skipped in zip(pending, values.norms, values.skipped, strict=True)
+            if not skipped and item.measured.series.by != "given"
         ]
 
     def tell(self, findings: dict[tuple[str, str], Finding], *, last: bool) -> None:
@@ -127,22 +137,34 @@ class Buffer:
                 line["blocks"] = True
             self.store.finding(line)
 
-    def _write(self, pending: Sequence[Pending], values: Sequence[_Value]) -> None:
+    def _write(self, pending: Sequence[Pending], values: _Values) -> None:
         several = len(self.counts) > 1
         rows = []
-        for item, value in zip(pending, values, strict=True):
-            name = item.measured.series.name
+        for item, norm, skipped, each in zip(
+            pending, values.norms, values.skipped, values.each, strict=True
+        ):
+            series = item.measured.series
+            name = series.name
             if name not in self._declared:
-                self._declare(item.measured.series, default=not self._declared)
-            rows.append(self._row(item, value, name, several=several))
+                self._declare(series, default=not self._declared)
+            said = (item.imposed, item.lr, item.measured.asked)
+            more = skipped or item.belted or each or several
+            if not more and self._said.get(name) == said:
+                rows.append(Row(item.step, norm))  # nearly every step
+            else:
+                self._said[name] = said
+                rows.append(Row(item.step, norm, self._extra(item, skipped, each, several)))
         self.store.rows(rows)
 
-    def _row(self, item: Pending, value: _Value, name: str, *, several: bool) -> Row:
-        said = (item.max_norm, item.lr, item.measured.asked, item.imposed)
-        more = value.skipped or item.belted or value.each or several
-        if self._said.get(name) == said and item.imposed == self._imposed and not more:
-            return Row(item.step, value.norm)  # nearly every step
-        self._said[name] = said
+    def _extra(
+        self,
+        item: Pending,
+        skipped: bool,  # noqa: FBT001
+        each: list[float] | None,
+        several: bool,  # noqa: FBT001
+    ) -> dict[str, object]:
+        """What a row says besides its step and norm."""
+        name = item.measured.series.name
         extra: dict[str, object] = {}
         if several and name != self._default:
             extra["series"] = name
@@ -155,15 +177,15 @@ class Buffer:
             if number == number and changed.get((name, key)) != number:  # noqa: PLR0124  not nan
                 changed[(name, key)] = number
                 extra[key] = number
-        if item.imposed != self._imposed:
-            self._imposed = extra["imposed"] = item.imposed
-        if value.skipped:
+        if (item.imposed is not None) != self._imposed:
+            self._imposed = extra["imposed"] = item.imposed is not None
+        if skipped:
             extra["skipped"] = True
         if item.belted:
             extra["belted"] = True
-        if value.each:
-            extra["groups"] = self._grouped(item.measured.each, value.each)
-        return Row(item.step, value.norm, extra)
+        if each:
+            extra["groups"] = self._grouped(item.measured.each, each)
+        return extra
 
     def _declare(self, series: Series, *, default: bool) -> None:
         self._declared.add(series.name)
@@ -201,15 +223,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_drop_in_child)
 
 
-def _values(pending: Sequence[Pending]) -> list[_Value]:
+def _values(pending: Sequence[Pending]) -> _Values:
     """Bring the waiting values to the host: one read per device, none for the CPU."""
-    if all(type(i.measured.norm) is float and i.measured.skipped is False for i in pending) and all(
-        i.measured.each is None for i in pending
-    ):
-        return [_Value(i.measured.norm, False, None) for i in pending]  # type: ignore[arg-type]
+    n = len(pending)
+    found = [item.measured for item in pending]
+    norms = [m.norm for m in found]
+    if all(m.skipped is False and m.each is None for m in found) and set(map(type, norms)) == {
+        float
+    }:
+        return _Values(norms, [False] * n, [None] * n)  # type: ignore[arg-type]
     tensors: list[Tensor] = []
-    for item in pending:
-        m = item.measured
+    for m in found:
         if isinstance(m.norm, Tensor):
             tensors.append(m.norm)
         if isinstance(m.skipped, Tensor):
@@ -217,13 +241,12 @@ def _values(pending: Sequence[Pending]) -> list[_Value]:
         if m.each is not None:
             tensors.append(m.each.norms)
     numbers = iter(_to_host(tensors))
-    values = []
-    for item in pending:
-        m = item.measured
-        norm = next(numbers)[0] if isinstance(m.norm, Tensor) else m.norm
+    values = _Values([], [], [])
+    for m in found:
+        values.norms.append(next(numbers)[0] if isinstance(m.norm, Tensor) else m.norm)
         skipped = bool(next(numbers)[0]) if isinstance(m.skipped, Tensor) else m.skipped
-        each = next(numbers) if m.each is not None else None
-        values.append(_Value(norm, skipped, each))
+        values.skipped.append(skipped)
+        values.each.append(next(numbers) if m.each is not None else None)
     return values
 
 

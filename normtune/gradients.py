@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad
 
 HALF = (torch.float16, torch.bfloat16)
 FEW = 64  # gradients
+VERY_FEW = 8  # the call for many costs more than it saves
 PLAIN = (Tensor, torch.nn.Parameter)
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 EPSILON = 1e-6  # the one in torch's coefficient, max_norm / (total_norm + 1e-6)
@@ -75,16 +76,19 @@ def norms_of_each(grads: Sequence[Tensor], norm_type: float = 2.0) -> list[Tenso
     if not grads:
         return []
     if is_plain(grads):
-        return _plain_norms(grads, norm_type)
+        return list(_plain_norms(grads, norm_type))
     return [_norm_of_one(g, norm_type) for g in grads]
 
 
-def _plain_norms(grads: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+def _plain_norms(grads: Sequence[Tensor], norm_type: float) -> Sequence[Tensor]:
     if not isinstance(grads, list):
         grads = list(grads)
-    wide = _WIDE.get(grads[0].dtype)
-    norms = torch._foreach_norm(grads, norm_type, dtype=wide)  # None keeps the gradients' own
-    return list(norms)
+    wide = _WIDE.get(grads[0].dtype)  # None keeps the gradients' own
+    if wide is None:  # each option costs
+        norms = torch._foreach_norm(grads, norm_type)
+    else:
+        norms = torch._foreach_norm(grads, norm_type, dtype=wide)
+    return norms
 
 
 def _norm_of_one(grad: Tensor, norm_type: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -237,9 +241,13 @@ def measured(grads: Sequence[Tensor], norm_type: float = 2.0) -> Tensor | float:
     A few small gradients on the CPU are combined in Python: three more torch operations would
     cost a small model more than the norms themselves. The number then has fp64's last digits.
     """
-    few = 0 < len(grads) <= FEW and norm_type == 2.0 and grads[0].is_cpu and is_plain(grads)
+    n = len(grads)
+    few = 0 < n <= FEW and norm_type == 2.0 and grads[0].is_cpu and is_plain(grads)
     if few and not grads[0].requires_grad:
-        value = math.hypot(*[norm.item() for norm in _plain_norms(grads, norm_type)])
+        if n <= VERY_FEW and grads[0].dtype not in HALF:
+            value = math.hypot(*map(torch.linalg.vector_norm, grads))
+        else:
+            value = math.hypot(*_plain_norms(grads, 2.0))
         if 0.0 < value < math.inf or math.isnan(value):
             return value
     return on_host(total_norm(grads, norm_type))

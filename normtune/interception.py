@@ -256,6 +256,9 @@ def _listeners_to(parameters: Sequence[Tensor]) -> list[Any]:
         if len(_known_sets) >= MOST_KNOWN_SETS:
             _known_sets.clear()
         references = _known_sets[key] = _look_up(parameters)
+    if len(references) == 1:  # nearly always
+        listener = references[0]()
+        return [] if listener is None else [listener]
     return [listener for r in references if (listener := r()) is not None]
 
 
@@ -498,9 +501,15 @@ def _tell_nothing(site: str, asked: float) -> None:
 
 # --- steps -------------------------------------------------------------------------------------
 
+# The hooks as a compiled step runs them, where the compiler must not trace them. Always to go
+# through torch's wrapper for that would cost 4 us a call, cold.
+_untraced: dict[str, Callable[..., Any]] = {}
+
 
 def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _nobody():
+    if torch.compiler.is_compiling():
+        return _untraced["_before_step"](optimizer, args, kwargs)
+    if not _owners and _resident is None:  # `_nobody`, but a step of a small model is short
         return None
     steps = _local.steps
     if steps and _truly_nested():
@@ -510,7 +519,7 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     steps[:] = [listeners]
     if not listeners:
         return None
-    closure = _closure_of(args, kwargs)
+    closure = _closure_of(args, kwargs) if kwargs or len(args) > 1 else None
     for listener in listeners:
         listener.step_begins(optimizer, closure=closure is not None)
     if closure is None:
@@ -520,7 +529,10 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return _with_closure(args, kwargs, _watched(closure, optimizer, listeners))
 
 
-def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
+def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        _untraced["_after_step"](optimizer, args, kwargs)
+        return
     steps = _local.steps
     if not steps:
         return
@@ -565,13 +577,11 @@ def _listeners_to_step(optimizer: Any) -> list[Any]:
     try:
         groups = optimizer.param_groups
         if len(groups) == 1:
-            found = _listeners_to(groups[0]["params"])
-        else:
-            sets = [_listeners_to(group["params"]) for group in groups]
-            found = list(dict.fromkeys(listener for some in sets for listener in some))
+            return _listeners_to(groups[0]["params"])
+        sets = [_listeners_to(group["params"]) for group in groups]
+        return list(dict.fromkeys(listener for some in sets for listener in some))
     except (AttributeError, LookupError, TypeError):
         return []  # an object that only looks like an optimizer, and is nobody's here
-    return found
 
 
 def _ranked(listeners: list[Any]) -> list[Any]:
@@ -797,9 +807,10 @@ def install() -> None:
             "clip_grad_value_": _spy_clip_grad_value_,
         }.items():
             _original[name] = _replace_wrapped(getattr(clip_grad, name), spy)
-        # Compiled steps must not trace the hooks: that would break their graph.
-        register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))  # type: ignore[no-untyped-call]
-        register_optimizer_step_post_hook(torch.compiler.disable(_after_step))  # type: ignore[no-untyped-call]
+        for hook in (_before_step, _after_step):
+            _untraced[hook.__name__] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+        register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)
         _watch_scaler()
         _installed = True
 

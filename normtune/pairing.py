@@ -19,7 +19,7 @@ MOST_PENDING = 64  # events that wait for a step; the oldest give way
 MOST_HOOKS = 24
 # Backward passes: looking for unseen changes costs 5 microseconds. A prime number, since two losses
 # or three, one after the other, must all be looked at.
-LOOK_AT_FIRST, LOOK_EVERY = 32, 17
+LOOK_AT_FIRST, LOOK_EVERY = 32, 31
 _graph_task = torch._C._current_graph_task_id
 
 Norm = Tensor | float  # a tensor stays on its device; on the CPU the number is there already
@@ -271,7 +271,8 @@ class Pairing:
         p = call.norm_type if call.norm_type is not None else self._norm_type
         norm, each = self._norm_of_call(call, p)
         series = self._series_of(call)
-        if call.total_norm is not None and call.total_norm.dtype == torch.float16:
+        half = call.value is None and call.total_norm is not None
+        if half and call.total_norm.dtype == torch.float16:  # type: ignore[union-attr]
             self.half_sites[series.name] = call.site
         event = Event(
             series, norm, each, call.kind, call.asked, self.backwards.count, [], len(call.grads)
@@ -329,9 +330,8 @@ class Pairing:
         return True
 
     def _series_of(self, call: ClipCall) -> Series:
-        n = len(call.parameters)
-        ids = tuple(id(call.parameters[i]) for i in spread(n))
-        key = (call.site, call.kind, n, *ids)
+        some, n = call.parameters, len(call.parameters)
+        key = (call.site, call.kind, n, id(some[0]), id(some[n >> 1]), id(some[-1]))
         known = self._series.get(key)
         if known is None:
             known = self._grown_series(call) or self._new_series(call)
@@ -482,6 +482,17 @@ class Pairing:
         elif self.backwards.looking and not compiled:
             self._look_for_unseen_changes(with_grad, ids, name)
         return result
+
+    def is_idle(self) -> bool:
+        """Whether a step's gradients need only be measured: nobody clipped them, nothing is due."""
+        due = self.events or self._waiting or self.failed or self.backwards.spoiled
+        return not (due or self._each or self.meet)
+
+    def look(self, optimizer: Any, parameters: Sequence[Tensor], with_grad: list[Tensor]) -> None:
+        """Look for changes of the gradients that nobody saw, where that is due."""
+        if self.backwards.looking:
+            ids = self._ids_of(optimizer, parameters)
+            self._look_for_unseen_changes(with_grad, ids, type(optimizer).__name__)
 
     def _ids_of(self, optimizer: Any, parameters: Sequence[Tensor]) -> frozenset[int]:
         n, ids = self._ids.get(id(optimizer), (-1, frozenset[int]()))

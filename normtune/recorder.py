@@ -104,7 +104,6 @@ class NormRecorder(Watcher):
         self._name(found)
         self._findings: dict[tuple[str, str], Finding] = {}
         self._complained: set[str] = set()
-        self._failed = False
         self._closed = False
         self._lingers = False  # it is over, but other ranks may wait for it in one norm more
         self._flushed_at = time.monotonic()
@@ -381,8 +380,9 @@ class NormRecorder(Watcher):
     def _step_over(self) -> None:
         if self._belt is not None:
             self._end_warmup()
-        self._maybe_flush()
-        if self._lingers and self._ranks.left:
+        if not self._lingers:
+            self._maybe_flush()
+        elif self._ranks.left:
             self._detach()
 
     def _end_warmup(self) -> None:
@@ -403,28 +403,27 @@ class NormRecorder(Watcher):
     def _keep(self, measured: Measured, optimizer: Any) -> None:
         if self._lingers:
             return
-        belted = False
-        if self._belt is not None and measured.skipped is False:
-            value = float(measured.norm)
-            belted = self._belt.limit(value) != math.inf
-            self._belt.saw(value)
-        self._buffer.keep(
-            measured,
-            max_norm=_in_force(self._max_norm, measured.asked),
-            imposed=self._max_norm is not None,
-            lr=optimizers.rate(optimizer),
-            belted=belted,
-        )
+        belted = self._belt is not None and self._under_belt(self._belt, measured)
+        self._buffer.keep(measured, self._max_norm, optimizers.rate(optimizer), belted)
+
+    def _under_belt(self, belt: Belt, measured: Measured) -> bool:
+        """Whether the belt acted on this step."""
+        if measured.skipped is not False:
+            return False
+        value = float(measured.norm)
+        acted = belt.limit(value) != math.inf
+        belt.saw(value)
+        return acted
 
     def _maybe_flush(self) -> None:
         if self._lingers:
             return
-        waiting = len(self._buffer)
-        if not self._ranks.posted and self.n_steps >= ranks.FIRST:
-            self.flush()
-            return
-        late = waiting and time.monotonic() - self._flushed_at > FLUSH_SECONDS
-        if late or waiting >= self._flush_every:
+        waiting = len(self._buffer.waiting)
+        due = waiting >= self._flush_every
+        if waiting and not due:
+            due = time.monotonic() - self._flushed_at > FLUSH_SECONDS
+            due = due or (not self._ranks.posted and self.n_steps >= ranks.FIRST)
+        if due:
             self.flush()
 
     # --- findings and failures
@@ -439,20 +438,11 @@ class NormRecorder(Watcher):
         blocks = known_kind.blocks and sure
         self._findings[(kind, site)] = Finding(kind, text, site, first, count, blocks)
 
-    def _guarded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run `function`; nothing that goes wrong in it may end the user's training.
-
-        Only where normtune imposes something does a failure end the run: its arm was not applied.
-        """
-        if self._failed:
-            return None
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            if self._max_norm is not None or self._rates:
-                raise
-            self._stop(error)
-            return None
+    def _went_wrong(self, error: Exception) -> None:
+        """Only where normtune imposes something may it end the run: its arm was not applied."""
+        if self._max_norm is not None or self._rates:
+            raise error
+        self._stop(error)
 
     def _stop(self, error: Exception) -> None:
         """Record no more; but other ranks may have begun with one norm more that needs this one."""
@@ -577,14 +567,6 @@ def _positive(value: Any) -> float:
         message = f"max_norm must be a number above 0, inf or None but got {value!r}"
         raise ValueError(message)
     return float(value)
-
-
-def _in_force(imposed: float | None, asked: float | None) -> float:
-    if imposed is not None:
-        return imposed
-    if asked is None:
-        return math.inf
-    return asked if asked > 0 else math.nan
 
 
 def record_norm(norm: float | Tensor) -> None:

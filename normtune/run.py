@@ -52,10 +52,10 @@ class _Recorder(NormRecorder):
         super().step_ends(optimizer)
         self.run._after_step()
 
-    def _guarded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _went_wrong(self, error: Exception) -> None:
         try:
-            return super()._guarded(function, *args, **kwargs)
-        except Exception as error:
+            super()._went_wrong(error)
+        except Exception:
             # A loop that swallows exceptions must not turn a run without its arm into a result.
             self.run._end("crashed", f"normtune could not apply this run's max_norm: {error!r}")
 

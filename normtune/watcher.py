@@ -18,6 +18,7 @@ from normtune.interception import COMPILED, ClipCall
 from normtune.learning_rates import ScaledRates
 from normtune.pairing import EachNorm, Event, Measured, Norm, Pairing, Series, Step, divided
 
+FIRST_STEPS = 3  # whose place in the code is looked up
 NO_RATE = "cannot scale the learning rate: this training steps without an optimizer that has one"
 
 
@@ -55,6 +56,7 @@ class Watcher(ABC):
         self._pairing = Pairing(self._report, norm_type=norm_type, each=each)
         self._max_norm: float | None = None
         self._belt: Belt | None = None
+        self._failed = False  # normtune itself, in a hook
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         self._event: Event | None = None
         self._closure_rows: int | None = None
@@ -85,8 +87,18 @@ class Watcher(ABC):
         """Take a finding."""
 
     @abstractmethod
+    def _went_wrong(self, error: Exception) -> None:
+        """Take an error of normtune's own, which may not end the user's training."""
+
     def _guarded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run `function`; nothing that goes wrong in it may end the user's training."""
+        """Run `function`; what runs at every step has the same lines of its own, for speed."""
+        if self._failed:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            self._went_wrong(error)
+            return None
 
     # --- backward passes
 
@@ -127,8 +139,13 @@ class Watcher(ABC):
 
     def clip_begins(self, call: ClipCall) -> float | None:
         """See `interception.Listener`."""
-        limit: float | None = self._guarded(self._clip_begins, call)
-        return limit
+        if self._failed:
+            return None
+        try:
+            return self._clip_begins(call)
+        except Exception as error:
+            self._went_wrong(error)
+            return None
 
     def _clip_begins(self, call: ClipCall) -> float | None:
         self._settle_failed_clip()
@@ -154,10 +171,14 @@ class Watcher(ABC):
     def clip_ends(self, call: ClipCall) -> None:
         """See `interception.Listener`."""
         event, self._event = self._event, None
-        if event is not None:
-            self._guarded(self._pairing.clip_ends, event, call)
+        if event is None or self._failed:
+            return
+        try:
+            self._pairing.clip_ends(event, call)
             if not self._optimizers:
-                self._guarded(self._commit_stepless, keep_last=True)
+                self._commit_stepless(keep_last=True)
+        except Exception as error:
+            self._went_wrong(error)
 
     def clip_failed(self, call: ClipCall) -> None:
         """See `interception.Listener`."""
@@ -200,7 +221,12 @@ class Watcher(ABC):
 
     def step_begins(self, optimizer: Any, *, closure: bool) -> None:
         """See `interception.Listener`."""
-        self._guarded(self._step_begins, optimizer, closure)
+        if self._failed:
+            return
+        try:
+            self._step_begins(optimizer, closure)
+        except Exception as error:
+            self._went_wrong(error)
 
     def _step_begins(self, optimizer: Any, closure: bool) -> None:  # noqa: FBT001  called often
         self.steps_begun += 1
@@ -209,7 +235,7 @@ class Watcher(ABC):
         if self._set_aside:
             self._give_back_gradients()
         parameters = optimizers.parameters(optimizer)
-        if _capturing(parameters):
+        if parameters and parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
             self._report("graph-capture", "")
             return
         if torch._C._current_graph_task_id() != -1:
@@ -219,9 +245,41 @@ class Watcher(ABC):
             self._closure_rows = 0
             self._scale_rates(optimizer)  # LBFGS reads its rate before it calls the closure
             return
-        self._gradients_ready(optimizer, parameters)
+        if not self._only_measured(optimizer, parameters):
+            self._gradients_ready(optimizer, parameters)
         if self._lr_factor != 1.0:
             self._scale_rates(optimizer)
+
+    def _only_measured(self, optimizer: Any, parameters: list[Tensor]) -> bool:
+        """Measure a step that nobody clipped and nothing is imposed on, in as few lines as can be.
+
+        Most steps of a loop without clipping are such; what is done here `_gradients_ready` would
+        do too, but a small model feels each line of it.
+
+        Returns:
+            Whether this step was one of them; nothing was done otherwise.
+        """
+        series = self._own.get((id(optimizer), False))
+        if (
+            series is None
+            or self._max_norm is not None
+            or self._compiled
+            or COMPILED.total_norm is not None
+            or not self._pairing.is_idle()
+            or self.steps_begun <= FIRST_STEPS
+            or self._measure != "step"
+            or len(parameters) > len(self._parameters)
+            or getattr(optimizer, "grad_scale", None) is not None
+            or getattr(optimizer, "found_inf", None) is not None
+        ):
+            return False
+        grads = [g for p in parameters if (g := p.grad) is not None]
+        if not grads:
+            return False
+        if self._pairing.backwards.looking:
+            self._pairing.look(optimizer, parameters, grads)
+        self._keep(Measured(series, gradients.measured(grads, self._norm_type)), optimizer)
+        return True
 
     def closure_begins(self, optimizer: Any) -> None:
         """See `interception.Listener`."""
@@ -246,12 +304,16 @@ class Watcher(ABC):
     def step_ends(self, optimizer: Any) -> None:
         """See `interception.Listener`."""
         self._stepping = False
-        self._guarded(self._step_ends, optimizer)
+        if self._failed:
+            return
+        try:
+            self._step_ends(optimizer)
+        except Exception as error:
+            self._went_wrong(error)
 
     def _step_ends(self, optimizer: Any) -> None:
-        rates = self._rates.get(id(optimizer))
-        if rates is not None:
-            rates.restore()
+        if id(optimizer) in self._rates:
+            self._rates[id(optimizer)].restore()
         if self._set_aside:
             self._give_back_gradients()
         self._closure_rows = None
@@ -324,7 +386,7 @@ class Watcher(ABC):
         """What clip calls have measured of these gradients, and what is left."""
         if self._pairing.failed is not None:
             self._settle_failed_clip()
-        if self.steps_begun <= 3:
+        if self.steps_begun <= FIRST_STEPS:
             self._pairing.step_site = interception.call_site()
             self._pairing.backwards.watch([p for p in parameters if p.grad is not None])
         self._listen_to_new(parameters)
@@ -442,9 +504,3 @@ class Watcher(ABC):
 def _unseen_shards(parameters: Sequence[Tensor]) -> bool:
     """Whether FSDP1 keeps only a part of these gradients here, which no total can be made of."""
     return bool(getattr(parameters[0], "_fsdp_flattened", False)) and ranks.size() > 1
-
-
-def _capturing(parameters: Sequence[Tensor]) -> bool:
-    if not parameters or not parameters[0].is_cuda:
-        return False
-    return torch.cuda.is_current_stream_capturing()

@@ -32,7 +32,7 @@ def train_until_killed(path, told):
         hand_made_steps(optimizer, parameter, 3, step + 1)
         step += 3
         told.value = step
-        assert len(recorder._buffer) == 0
+        assert len(recorder._buffer.waiting) == 0
 
 
 ENDINGS = {"end": 0, "unheld": 0, "exception": 1, "sys.exit": 3}

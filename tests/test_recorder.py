@@ -407,7 +407,7 @@ def test_no_step_reads_a_device_and_each_flush_reads_it_once(case, dtype):
             recorder._flushed_at = time.monotonic()  # a slow machine must not flush by time
             step()
     assert reads.count == 0
-    assert recorder.n_steps == len(recorder._buffer) == 9
+    assert recorder.n_steps == len(recorder._buffer.waiting) == 9
     # The recorder is alive and would read: without max_norm it gives up with a warning.
     imposes = "max_norm" in options or "lr_factor" in options
     told = pytest.raises(RuntimeError) if imposes else pytest.warns(UserWarning, match="meta")
@@ -476,7 +476,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
 
     def held():
         pairing, buffer = recorder._pairing, recorder._buffer
-        parts = (pairing.events, pairing._series, pairing._stepped, pairing._ids, buffer._waiting)
+        parts = (pairing.events, pairing._series, pairing._stepped, pairing._ids, buffer.waiting)
         return [*map(len, parts), len(pickle.dumps(buffer._written)), len(recorder._findings)]
 
     children.hand_made_steps(optimizer, parameter, 300)

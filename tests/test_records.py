@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from normtune import records
 from normtune.errors import RecordError
-from normtune.records import FileStore, MemoryStore, NormRecord, RecordWriter, Row, assembly
+from normtune.records import FileStore, MemoryStore, NormRecord, RecordWriter, Row, assembly, lines
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -465,6 +466,56 @@ def test_a_million_steps_read_as_pandas_reads_them(tmp_path):
     head = pd.read_json(path, lines=True, nrows=50_001, precise_float=True)[1:]
     np.testing.assert_array_equal(record.norms[:50_000], head["norm"])
     np.testing.assert_array_equal(record.steps[:50_000], head["step"])
+
+
+def test_a_large_file_gives_each_double_bit_for_bit(tmp_path):
+    """Random bit patterns: from the smallest denormal number to the largest."""
+    bits = np.random.default_rng(1).integers(0, 0x7FF << 52, size=40_000, dtype=np.uint64)
+    norms = bits.view(np.float64)
+    path = tmp_path / "x.norms.jsonl"
+    rows = [records.row(i, x) for i, x in enumerate(norms.tolist(), start=1)]
+    path.write_text("\n".join([records.dumps(records.header(attempt="a")), *rows, ""]))
+    assert path.stat().st_size > lines.LARGE_BYTES
+    np.testing.assert_array_equal(NormRecord.load(path).norms, norms)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1 2, "norm": 1.5}',
+        '{"step": 1, "norm": 1.5 2.5}',
+        '{"step": , "norm": 1.5}',
+        '{"step": 7, "norm": }',
+        '{"step": 7, "norm": 1.5e}',
+        '{"step": 7.0, "norm": 1.5}',
+        '{"step": 99999999999999999999, "norm": 1.5}',
+        '{"step": 7, "norm": 3}',
+        "",
+    ],
+)
+@pytest.mark.parametrize("where", [0, 9_000, 20_000])
+def test_an_odd_line_in_a_large_file_is_read_as_line_by_line(tmp_path, monkeypatch, line, where):
+    """The fast reading gives way; what comes before and after is as it was."""
+    rows = [records.row(i, 0.1 + i / 3) for i in range(1, 20_001)]
+    rows.insert(where, line)
+    path = tmp_path / "x.norms.jsonl"
+    path.write_text("\n".join([records.dumps(records.header(attempt="a")), *rows, ""]))
+
+    def read():
+        found = lines.Lines.read(path)
+        blocks = [block for attempt in found.attempts for block in attempt.blocks]
+        steps = np.concatenate([block.steps for block in blocks])
+        return steps, np.concatenate([block.norms for block in blocks]), found.torn
+
+    seen = mock.Mock(wraps=lines._large_table)
+    monkeypatch.setattr(lines, "_large_table", seen)
+    fast = read()
+    assert seen.call_count
+    monkeypatch.setattr(lines, "_parse_plain", lambda _: None)
+    slow = read()
+    assert len(slow[0]) >= 20_000
+    for a, b in zip(fast, slow, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_learning_rate_that_changes_at_every_step_is_read_in_linear_time(tmp_path):

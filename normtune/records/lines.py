@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +22,8 @@ FORMAT_VERSION = 1
 SUFFIX = ".norms.jsonl"
 BLOCK_BYTES = 1 << 22
 LEAF_BYTES = 1 << 14  # stretches below this are not divided to find their plain parts
+LARGE_BYTES = 1 << 16
+PANDAS_PAYS_BYTES = 1 << 25  # of a file: pandas reads faster than numpy, but is slow to import
 LONGEST_LINE = 1 << 25  # bytes; a device such as /dev/zero never ends its line
 
 Floats = npt.NDArray[np.float64]
@@ -135,6 +139,8 @@ class Lines:
         """
         lines = cls(path=path, attempts=[], torn=0)
         seen = 0
+        if path.is_file() and path.stat().st_size >= PANDAS_PAYS_BYTES:
+            import pandas  # noqa: F401, ICN001  what `_parse_plain` then uses
         for block in _blocks(path):
             seen += 1
             lines._take(block, first=seen == 1)
@@ -231,6 +237,8 @@ def _parse_plain(block: bytes) -> Block | None:
     removed = lines * (len(_PREFIX) + len(_MIDDLE))  # a space and a brace make up for each other
     if len(block) - len(text) != removed or text.translate(None, _NUMERIC):
         return None
+    if len(text) >= LARGE_BYTES and _pandas_reads_exactly():
+        return _large_table(text, lines)
     try:
         values = np.fromstring(text.decode("ascii"), sep=" ")
     except (ValueError, DeprecationWarning):
@@ -238,6 +246,27 @@ def _parse_plain(block: bytes) -> Block | None:
     if len(values) != 2 * lines or np.abs(values[0::2]).max(initial=0.0) >= 2.0**63:
         return None
     return Block(values[0::2].astype(np.int64), values[1::2].copy(), {})
+
+
+def _pandas_reads_exactly() -> bool:
+    """Whether pandas is here, and one that reads each number as Python does (3.1 and later)."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and tuple(map(int, pandas.__version__.split(".")[:2])) >= (3, 1)
+
+
+def _large_table(text: bytes, lines: int) -> Block | None:
+    """Steps and norms in two columns, read by pandas: three times as fast as numpy."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(
+            io.BytesIO(text), sep=" ", header=None, na_filter=False, low_memory=False
+        )
+    except ValueError:  # a line with more numbers
+        return None
+    if table.shape != (lines, 2) or table[0].dtype != np.int64 or table[1].dtype.kind not in "fi":
+        return None
+    return Block(table[0].to_numpy(copy=True), table[1].to_numpy(np.float64, copy=True), {})
 
 
 def _objects(block: bytes) -> Iterator[Json | None]:

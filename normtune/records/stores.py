@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,16 +112,12 @@ class RecordWriter:
         return self._refused(OSError(28, "No space left on device"))
 
 
-_NOTHING: Mapping[str, object] = MappingProxyType({})
-
-
-@dataclass(eq=False, slots=True)
-class Row:
+class Row(NamedTuple):
     """One step of one series on its way into a record; `extra` as for `row`."""
 
     step: int
     norm: float
-    extra: Mapping[str, object] = field(default_factory=lambda: _NOTHING)
+    extra: Mapping[str, object] = MappingProxyType({})
 
 
 class MemoryStore:
@@ -227,8 +222,8 @@ class FileStore:
     def rows(self, rows: Sequence[Row]) -> None:
         """Append `rows`."""
         lines = [
-            row(r.step, r.norm, **r.extra) if r.extra else row(r.step, r.norm)  # type: ignore[arg-type]
-            for r in rows
+            row(step, norm, **extra) if extra else row(step, norm)  # type: ignore[arg-type]
+            for step, norm, extra in rows
         ]
         self._writer.write(lines)
 
