@@ -278,9 +278,9 @@ def torch_total_norm(
         plain: What `is_plain` says of them, and foreach is not False.
     """
     if plain and not error_if_nonfinite:
-        p = float(norm_type)
         own = grads if isinstance(grads, list) else list(grads)
-        return _vector_norm(torch._foreach_norm(own, p), p)
+        norms = torch.stack(torch._foreach_norm(own, norm_type))
+        return torch.linalg.vector_norm(norms, norm_type)  # type: ignore[no-any-return]
     total: Tensor = clip_grad._get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
     return total
 

@@ -162,7 +162,7 @@ _resident: Resident | None = None
 _installed = False
 _original: dict[str, Callable[..., Any]] = {}
 
-MOST_KNOWN_SETS = 10_000  # a loop that clips ever new lists of tensors must not fill the memory
+MOST_KNOWN = 10_000  # a loop that clips ever new lists of tensors must not fill the memory
 
 
 def listen(listener: Listener, parameters: Iterable[Tensor]) -> None:
@@ -253,7 +253,7 @@ def _listeners_to(parameters: Sequence[Tensor]) -> list[Any]:
     key = (n, id(parameters[0]), id(parameters[n >> 1]), id(parameters[-1]))
     references = _known_sets.get(key)
     if references is None:
-        if len(_known_sets) >= MOST_KNOWN_SETS:
+        if len(_known_sets) >= MOST_KNOWN:
             _known_sets.clear()
         references = _known_sets[key] = _look_up(parameters)
     if len(references) == 1:  # nearly always
@@ -280,22 +280,40 @@ def _look_up(parameters: Sequence[Tensor]) -> tuple[weakref.ref[Any], ...]:
 
 # --- where a call stands -----------------------------------------------------------------------
 
-_sites: dict[tuple[str, int], str] = {}
-_inner: dict[CodeType, bool] = {}
+# (code, instruction) -> its name; the code is kept, so that no other gets its id.
+_sites: dict[tuple[int, int], tuple[CodeType, str]] = {}
+_inner: dict[str, bool] = {}
 
 
 def call_site() -> str:
-    """``file:line`` of the innermost frame that is neither torch's nor normtune's."""
-    frame: FrameType | None = sys._getframe(1)
+    """``file:line`` of the innermost frame that is neither torch's nor normtune's.
+
+    To be called by what torch's wrapper or a method of normtune has called: three frames that
+    need not be looked at.
+    """
+    frame = sys._getframe(3)
+    known = _sites.get((id(frame.f_code), frame.f_lasti))
+    return known[1] if known is not None else _new_site(frame)
+
+
+def _new_site(innermost: FrameType) -> str:
+    frame: FrameType | None = innermost
     while frame is not None:
-        code = frame.f_code
-        ours = _inner.get(code)
+        file = frame.f_code.co_filename
+        ours = _inner.get(file)
         if ours is None:
-            ours = _inner[code] = _is_inner(code.co_filename)
+            ours = _inner[file] = _is_inner(file)
         if not ours:
-            return _site_name(code.co_filename, frame.f_lineno)
+            break
         frame = frame.f_back
-    return "unknown"
+    if frame is None:
+        return "unknown"
+    name = _site_name(frame.f_code.co_filename, frame.f_lineno)
+    if frame is innermost:
+        if len(_sites) >= MOST_KNOWN:
+            _sites.clear()
+        _sites[(id(frame.f_code), frame.f_lasti)] = (frame.f_code, name)
+    return name
 
 
 def _is_inner(file: str) -> bool:
@@ -304,12 +322,9 @@ def _is_inner(file: str) -> bool:
 
 
 def _site_name(file: str, line: int) -> str:
-    known = _sites.get((file, line))
-    if known is None:
-        here = os.getcwd() + os.sep  # noqa: PTH109  a plain string to compare with
-        short = file[len(here) :] if file.startswith(here) else "/".join(Path(file).parts[-2:])
-        known = _sites[(file, line)] = f"{short}:{line}"
-    return known
+    here = os.getcwd() + os.sep  # noqa: PTH109  a plain string to compare with
+    short = file[len(here) :] if file.startswith(here) else "/".join(Path(file).parts[-2:])
+    return f"{short}:{line}"
 
 
 # --- clip calls --------------------------------------------------------------------------------
@@ -324,29 +339,26 @@ def spy_clip_grad_norm_(
 ) -> Tensor:
     """Stands in for the body of `torch.nn.utils.clip_grad_norm_`, inside torch's own no_grad."""
     original: Callable[..., Tensor] = _original["clip_grad_norm_"]
-    if torch.compiler.is_compiling() or _nobody():
+    if torch.compiler.is_compiling() or (not _owners and _resident is None):
         return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     as_list = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not as_list:
         _tell_nothing(call_site(), float(max_norm))
         return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-    listeners = _clip_listeners(as_list)
+    listeners = _listeners_to(as_list) if _resident is None else _clip_listeners(as_list)
     if not listeners:
         return original(as_list, max_norm, norm_type, error_if_nonfinite, foreach)
-    grads = [p.grad for p in as_list if p.grad is not None]
-    call = ClipCall(
-        call_site(), "norm", as_list, grads, _as_float(max_norm), float(norm_type), None
-    )
-    call.plain = bool(grads) and foreach is not False and gradients.is_plain(grads)
+    grads = [g for p in as_list if (g := p.grad) is not None]
+    plain = bool(grads) and foreach is not False and gradients.is_plain(grads)
+    p, asked = float(norm_type), max_norm if type(max_norm) is float else _as_float(max_norm)
+    call = ClipCall(call_site(), "norm", as_list, grads, asked, p, None, plain)
     try:
-        total_norm = gradients.torch_total_norm(
-            grads, norm_type, error_if_nonfinite, foreach, plain=call.plain
-        )
+        total_norm = gradients.torch_total_norm(grads, p, error_if_nonfinite, foreach, plain=plain)
     except RuntimeError:
         _tell_failed(listeners, call)
         raise
     call.total_norm = total_norm
-    if call.plain and total_norm.is_cpu and total_norm.dtype not in gradients.HALF:
+    if plain and grads[0].is_cpu and grads[0].dtype not in gradients.HALF:
         call.value = total_norm.item()
     _clip(call, listeners, max_norm, foreach)
     return total_norm
@@ -417,14 +429,14 @@ def _clip(
     foreach: bool | None,  # noqa: FBT001  torch's own argument
 ) -> None:
     """Scale as the loop asked, or as a listener imposes."""
-    limit = _ask(listeners, call)
+    limit = listeners[0].clip_begins(call) if len(listeners) == 1 else _ask(listeners, call)
     assert call.total_norm is not None  # noqa: S101  only value clips have none
     if limit is None:
         limit = max_norm
     elif limit == float("inf"):
         _tell_end(listeners, call)
         return
-    if call.plain and isinstance(limit, int | float):
+    if call.plain and (type(limit) is float or isinstance(limit, int | float)):
         gradients.clip_(call.grads, limit, call.total_norm, call.value)
     else:
         _original["_clip_grads_with_norm_"](call.parameters, limit, call.total_norm, foreach)
@@ -475,9 +487,7 @@ def _as_float(value: Any) -> float:
 def _ask(listeners: list[Any], call: ClipCall) -> float | None:
     """What the listeners impose; the youngest that imposes anything wins."""
     limit = None
-    if len(listeners) > 1:
-        listeners = _ranked(listeners)
-    for listener in listeners:
+    for listener in _ranked(listeners) if len(listeners) > 1 else listeners:
         wanted = listener.clip_begins(call)
         limit = wanted if wanted is not None else limit
     return limit

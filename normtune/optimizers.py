@@ -105,6 +105,8 @@ def rate(optimizer: Any) -> float:
     if optimizer is None:
         return math.nan
     lr = optimizer.param_groups[0].get("lr")
+    if type(lr) is float:  # nearly always
+        return lr
     if isinstance(lr, Tensor):
         return float(lr) if lr.device.type == "cpu" else math.nan
     return float(lr) if isinstance(lr, int | float) else math.nan

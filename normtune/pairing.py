@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,20 +46,18 @@ class Series:
     parameters: int
 
 
-@dataclass(eq=False, slots=True)
-class Sentinel:
-    """One gradient that tells whether it was replaced or changed since it was looked at."""
+class Look(NamedTuple):
+    """One gradient as it was; tells later whether it was replaced or written to.
+
+    Attributes:
+        parameter: Whose gradient it is.
+        grad: The gradient; neither is kept alive.
+        version: How often it was written to.
+    """
 
     parameter: weakref.ref[Tensor]
     grad: weakref.ref[Tensor]
     version: int
-
-    @classmethod
-    def of(cls, parameter: Tensor) -> Sentinel:
-        """Look at the gradient of `parameter` as it is now."""
-        grad = parameter.grad
-        assert grad is not None  # noqa: S101  chosen among those with a gradient
-        return cls(weakref.ref(parameter), weakref.ref(grad), _version(grad))
 
     def replaced(self) -> bool:
         """Whether the parameter has another gradient tensor now, or none."""
@@ -73,6 +71,22 @@ class Sentinel:
         """Whether the gradient was written to since."""
         grad = self.grad()
         return grad is None or _version(grad) != self.version
+
+
+def look(parameter: Tensor) -> Look:
+    """Look at the gradient of `parameter` as it is now."""
+    grad = parameter.grad
+    assert grad is not None  # noqa: S101  chosen among those with a gradient
+    return Look(weakref.ref(parameter), weakref.ref(grad), _version(grad))
+
+
+def looks(with_grad: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Look]:
+    """Look at the gradients of the first, the middle and the last."""
+    found = []
+    for i in spread(len(grads)):
+        grad = grads[i]
+        found.append(Look(weakref.ref(with_grad[i]), weakref.ref(grad), _version(grad)))
+    return found
 
 
 def _version(grad: Tensor) -> int:
@@ -94,22 +108,20 @@ class Event:
     kind: str
     asked: float
     backward: int
-    sentinels: list[Sentinel]
-    n_grads: int
+    looks: Sequence[Look] = ()  # at three of its gradients, after the call
     imposed: float | None = None
     scale: Tensor | None = None
     given: Tensor | None = None  # the loop's own; on a device only its identity can be compared
     used: bool = False
     repeats: bool = False
-    inside_step: bool = False
 
     def replaced(self) -> bool:
         """Whether the gradients of the event are gone."""
-        return not self.sentinels or any(s.replaced() for s in self.sentinels)
+        return not self.looks or any(x.replaced() for x in self.looks)
 
     def changed(self) -> bool:
         """Whether the gradients of the event were written to since."""
-        return any(s.changed() for s in self.sentinels)
+        return any(x.changed() for x in self.looks)
 
 
 @dataclass(eq=False)
@@ -161,7 +173,7 @@ class Backwards:
     def __init__(self) -> None:
         self.count = 0
         self.alive = False
-        self.after: dict[int, Sentinel] = {}
+        self.after: dict[int, Look] = {}
         self.looking = True  # whether unseen changes after the last backward pass are looked for
         self.spoiled = ""  # what a backward pass has shown of the compiled clip call before it
         self._compiled = False  # whether compiled clip calls were seen
@@ -189,7 +201,7 @@ class Backwards:
             self._look_at_compiled(parameter)
         if self.looking or self._compiled:
             if parameter.grad is not None:
-                self.after[id(parameter)] = Sentinel.of(parameter)
+                self.after[id(parameter)] = look(parameter)
         elif self.after:
             self.after.pop(id(parameter), None)
 
@@ -217,7 +229,7 @@ class Backwards:
     def look_again(self) -> None:
         """Somebody has written to the watched gradients, and may."""
         parameters = [p for s in self.after.values() if (p := s.parameter()) is not None]
-        self.after = {id(p): Sentinel.of(p) for p in parameters if p.grad is not None}
+        self.after = {id(p): look(p) for p in parameters if p.grad is not None}
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -262,7 +274,7 @@ class Pairing:
 
     # --- clip calls
 
-    def clip_begins(self, call: ClipCall, *, inside_step: bool = False) -> Event | None:
+    def clip_begins(self, call: ClipCall) -> Event | None:
         """Turn a clip call into an event; None where it acts on no gradient of any step."""
         if not call.grads:
             self._nothing_to_clip(call)
@@ -271,15 +283,13 @@ class Pairing:
         p = call.norm_type if call.norm_type is not None else self._norm_type
         norm, each = self._norm_of_call(call, p)
         series = self._series_of(call)
-        half = call.value is None and call.total_norm is not None
-        if half and call.total_norm.dtype == torch.float16:  # type: ignore[union-attr]
+        total = call.total_norm
+        if call.value is None and total is not None and total.dtype == torch.float16:
             self.half_sites[series.name] = call.site
-        event = Event(
-            series, norm, each, call.kind, call.asked, self.backwards.count, [], len(call.grads)
-        )
-        event.inside_step = inside_step
-        event.given = call.total_norm if call.kind == "given" else None
-        if self._after_its_step(call) and not inside_step:
+        event = Event(series, norm, each, call.kind, call.asked, self.backwards.count)
+        if call.kind == "given":
+            event.given = call.total_norm
+        if self._after_its_step(call):
             self._misplaced(call.site)
             return None
         self._add(event)
@@ -290,16 +300,16 @@ class Pairing:
         with_grad = call.parameters
         if len(call.grads) < len(with_grad):
             with_grad = [p for p in with_grad if p.grad is not None]
-        event.sentinels = [Sentinel.of(with_grad[i]) for i in spread(len(with_grad))]
+        event.looks = looks(with_grad, call.grads)
 
     def _add(self, event: Event) -> None:
         if self.events:
             now, alive = self.backwards.count, self.backwards.alive
-            if alive and all(e.used and e.backward < now for e in self.events):
-                self.events = [event]  # nearly always
+            left = [e for e in self.events if not e.used or (alive and e.backward >= now)]
+            if not left:  # nearly always
+                self.events = [event]
                 return
-            over = [e for e in self.events if e.used and (not alive or e.backward < now)]
-            self.events = [e for e in self.events if e not in over][-MOST_PENDING:]
+            self.events = left[-MOST_PENDING:]
             event.repeats = any(_had_these(e, event, now, sure=alive) for e in self.events)
         self.events.append(event)
 
@@ -427,8 +437,8 @@ class Pairing:
         series = self.own_series("backward", with_grad, "backward")
         norm, each = self.measure(with_grad)
         now = self.backwards.count
-        event = Event(series, norm, each, "backward", math.nan, now, [], len(with_grad))
-        event.sentinels = [Sentinel.of(with_grad[i]) for i in spread(len(with_grad))]
+        seen = looks(with_grad, gradients.gradients_of(with_grad))
+        event = Event(series, norm, each, "backward", math.nan, now, seen)
         self.events = [e for e in self.events if e.kind != "backward"]
         self.events.append(event)
         return event

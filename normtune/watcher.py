@@ -148,13 +148,14 @@ class Watcher(ABC):
             return None
 
     def _clip_begins(self, call: ClipCall) -> float | None:
-        self._settle_failed_clip()
+        if self._pairing.failed is not None:
+            self._settle_failed_clip()
         event = None
         inside = self._stepping and not self._in_closure and interception.inside_step()
         if self._measure == "step" and not inside:
             event = self._pairing.clip_begins(call)
         self._event = event
-        if not self._imposes(call.site):
+        if self._max_norm is None or not self._imposes(call.site):
             return None
         again = inside and self._began_after == self._pairing.backwards.count
         if again or (event is not None and event.repeats and self._max_norm != math.inf):

@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,7 @@ SHAPES = {
     "10 M": ([512, 2048, 2560, 1408, 16], 256),
     "100 M": ([1024, 6144, 6144, 6144, 2560, 16], 256),
 }
+OURS = {"torch", "torch again", "normtune", "norm"}
 RESULTS = Path(__file__).parent / "results" / "bench.json"
 
 
@@ -91,20 +93,22 @@ def clipping(name: str, rounds: int) -> dict[str, float]:
             "torch": lambda c: unwatched(clip, parameters, c),
             "torch again": lambda c: unwatched(clip, parameters, c),
             "normtune": lambda c: recorder.clip_grad_norm_(parameters, c),
+            "norm": lambda _: norm_alone(parameters),
             **rivals(model, parameters),
         }
         calls = max(5, rounds * 300 // (1 + sum(p.numel() for p in parameters) // 100_000))
         free = single_calls(contenders, 10 * norm, kept, optimizer, calls)
-        for rival in set(contenders) - {"torch", "torch again", "normtune"}:
+        for rival in set(contenders) - OURS:
             del contenders[rival]
         bound = single_calls(contenders, 0.5 * norm, kept, optimizer, calls)
     found = {
         "not clipped / torch": free["normtune"] / free["torch"],
+        "floor (the norm alone) / torch": free["norm"] / free["torch"],
         "clipped / torch": bound["normtune"] / bound["torch"],
         "null (torch / torch)": free["torch again"] / free["torch"],
         "us of torch": 1e6 * free["torch"],
     }
-    for rival in set(free) - {"torch", "torch again", "normtune"}:
+    for rival in sorted(set(free) - OURS):
         found[f"not clipped / {rival}"] = free["normtune"] / free[rival]
     return found
 
@@ -119,9 +123,9 @@ def single_calls(
     """The median time of a call of each, in turn; new gradients and a step between the calls."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     parameters = optimizer.param_groups[0]["params"]
-    names = list(contenders)
-    for i in range(calls):
-        for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody is always first
+    order = random.Random(0)  # noqa: S311  who runs after whom decides what is in the caches
+    for _ in range(calls):
+        for name in order.sample(list(contenders), len(contenders)):
             contender = contenders[name]
             for p, grad in zip(parameters, kept, strict=True):
                 p.grad = grad.clone()
@@ -130,6 +134,13 @@ def single_calls(
             times[name].append(time.perf_counter() - start)
             optimizer.step()
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def norm_alone(parameters: list[Tensor]) -> Tensor:
+    """What torch's clip itself computes of the norm, and nothing around it."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(grads, 2.0)
+    return torch.linalg.vector_norm(torch.stack(norms), 2.0)
 
 
 def unwatched(function: Callable[..., object], parameters: list[Tensor], max_norm: float) -> object:
@@ -227,23 +238,26 @@ def overhead(name: str, rounds: int, *, clip: bool) -> dict[str, float]:
         for step in (plain, again, watched):
             step()
         loops = in_turn({"plain": plain, "again": again, "watched": watched}, rounds, 0.2)
-        share = own_share(watched, clock)
+        share, empty = own_share(watched, clock)
         assert recorder is not None
         recorder.close()
     return {
         "hooks / step": share,
+        "null (two empty hooks / step)": empty,
         "loop / plain loop": loops["watched"] / loops["plain"],
         "null (plain / plain)": loops["again"] / loops["plain"],
         "ms a step": 1e3 * loops["plain"],
     }
 
 
-def own_share(step: Callable[[], None], clock: Clock) -> float:
-    """Seconds inside the hooks over seconds of the loop."""
+def own_share(step: Callable[[], None], clock: Clock) -> tuple[float, float]:
+    """Seconds inside the hooks over seconds of the loop; the same of hooks that do nothing."""
     kept = [dict(hooks) for hooks in hooks_of_torch()]
+    nothing = Clock()
     for hooks in hooks_of_torch():
         for key, hook in list(hooks.items()):
             hooks[key] = clock.timed(hook)
+        hooks[-1] = nothing.timed(lambda *_: None)
     clock.spent = 0.0
     start = time.perf_counter()
     n = 0
@@ -252,8 +266,9 @@ def own_share(step: Callable[[], None], clock: Clock) -> float:
         n += 1
     total = time.perf_counter() - start
     for hooks, old in zip(hooks_of_torch(), kept, strict=True):
+        hooks.clear()
         hooks.update(old)
-    return clock.spent / total
+    return clock.spent / total, nothing.spent / total
 
 
 # --- device reads ------------------------------------------------------------------------------
