@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from normtune import gradients, interception, optimizers, orders, ranks, records
 from normtune.divergence import Divergence
 from normtune.errors import NormtuneError
-from normtune.interception import COMPILED, ClipCall
+from normtune.listening import COMPILED, ClipCall
 from normtune.orders import Orders
 from normtune.recorder import NormRecorder
 
@@ -201,7 +201,7 @@ class _Resident:
     # --- what the dispatcher shows
 
     def meet(self, listeners: Sequence[Any], parameters: Sequence[Tensor], optimizer: Any) -> bool:
-        """See `interception.Resident`."""
+        """See `listening.Resident`."""
         if self._ended:  # the loop swallowed its end
             _leave()
         if self._idle:

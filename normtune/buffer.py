@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from normtune import records
-from normtune.pairing import EachNorm, Measured, Series
+from normtune.events import EachNorm, Measured, Series
 from normtune.records import FileStore, Finding, MemoryStore, Row
 
 SURE_AFTER = 3  # times that a finding must be seen before it forbids a suggestion

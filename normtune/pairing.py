@@ -3,161 +3,32 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from normtune import gradients
-from normtune.interception import COMPILED, ClipCall
+from normtune.backwards import Backwards
+from normtune.events import (
+    EachNorm,
+    Event,
+    Measured,
+    Norm,
+    Series,
+    Step,
+    distinct,
+    had_these,
+    looks,
+    row_of,
+    spread,
+    uncovered,
+)
+from normtune.listening import ClipCall
 
 MANY_SETS = 8  # more parameter sets than this at one site: a loop that clips one by one
 MOST_PENDING = 64  # events that wait for a step; the oldest give way
-MOST_HOOKS = 24
-# Backward passes: looking for unseen changes costs 5 microseconds. A prime number, since two losses
-# or three, one after the other, must all be looked at.
-LOOK_AT_FIRST, LOOK_EVERY = 32, 31
-_graph_task = torch._C._current_graph_task_id
-
-Norm = Tensor | float  # a tensor stays on its device; on the CPU the number is there already
-
-
-@dataclass(eq=False)
-class Series:
-    """One set of parameters whose norm is recorded.
-
-    Attributes:
-        name: The clip call's ``file:line``, or the optimizer.
-        by: ``"clip"``, ``"step"``, ``"backward"``, ``"given"`` or ``"compiled clip"``.
-        norm_type: The p of its norm.
-        ids: ``id`` of each parameter.
-        tensors: How many parameters.
-        parameters: How many numbers they hold.
-    """
-
-    name: str
-    by: str
-    norm_type: float
-    ids: frozenset[int]
-    tensors: int
-    parameters: int
-
-
-class Look(NamedTuple):
-    """One gradient as it was; tells later whether it was replaced or written to.
-
-    Attributes:
-        parameter: Whose gradient it is.
-        grad: The gradient; neither is kept alive.
-        version: How often it was written to.
-    """
-
-    parameter: weakref.ref[Tensor]
-    grad: weakref.ref[Tensor]
-    version: int
-
-    def replaced(self) -> bool:
-        """Whether the parameter has another gradient tensor now, or none."""
-        parameter = self.parameter()
-        if parameter is None:
-            return True
-        grad = parameter.grad
-        return grad is None or grad is not self.grad()
-
-    def changed(self) -> bool:
-        """Whether the gradient was written to since."""
-        grad = self.grad()
-        return grad is None or _version(grad) != self.version
-
-
-def look(parameter: Tensor) -> Look:
-    """Look at the gradient of `parameter` as it is now."""
-    grad = parameter.grad
-    assert grad is not None  # noqa: S101  chosen among those with a gradient
-    return Look(weakref.ref(parameter), weakref.ref(grad), _version(grad))
-
-
-def looks(with_grad: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Look]:
-    """Look at the gradients of the first, the middle and the last."""
-    found = []
-    for i in spread(len(grads)):
-        grad = grads[i]
-        found.append(Look(weakref.ref(with_grad[i]), weakref.ref(grad), _version(grad)))
-    return found
-
-
-def _version(grad: Tensor) -> int:
-    if type(grad) not in gradients.PLAIN:
-        grad = getattr(grad, "_local_tensor", grad)  # a DTensor's own counter does not move
-    try:
-        return grad._version
-    except RuntimeError:  # inference tensors count nothing
-        return 0
-
-
-@dataclass(eq=False, slots=True)
-class Event:
-    """A clip call, or the end of a backward pass, that waits for its step."""
-
-    series: Series
-    norm: Norm
-    each: EachNorm | None
-    kind: str
-    asked: float
-    backward: int
-    looks: Sequence[Look] = ()  # at three of its gradients, after the call
-    imposed: float | None = None
-    scale: Tensor | None = None
-    given: Tensor | None = None  # the loop's own; on a device only its identity can be compared
-    used: bool = False
-    repeats: bool = False
-
-    def replaced(self) -> bool:
-        """Whether the gradients of the event are gone."""
-        return not self.looks or any(x.replaced() for x in self.looks)
-
-    def changed(self) -> bool:
-        """Whether the gradients of the event were written to since."""
-        return any(x.changed() for x in self.looks)
-
-
-@dataclass(eq=False)
-class EachNorm:
-    """The norm of each parameter: their ids and one tensor of shape ``(n,)`` on the device."""
-
-    ids: tuple[int, ...]
-    norms: Tensor
-
-
-@dataclass(eq=False, slots=True)
-class Measured:
-    """One norm of one step, on its way into the record."""
-
-    series: Series
-    norm: Norm
-    each: EachNorm | None = None
-    asked: float | None = None
-    skipped: Tensor | bool = False
-
-
-@dataclass(slots=True)
-class Step:
-    """What a step's gradients turned out to be.
-
-    Attributes:
-        rows: The norms to record.
-        uncovered: Parameters with a gradient that no valid clip call was given.
-        clipped: Whether some valid clip call acted on this step's gradients.
-        partly: Whether clip calls cover some of the parameters, but not all.
-    """
-
-    rows: list[Measured] = field(default_factory=list)
-    uncovered: list[Tensor] = field(default_factory=list)
-    clipped: bool = False
-    partly: bool = False
 
 
 class Report(Protocol):
@@ -165,82 +36,6 @@ class Report(Protocol):
 
     def __call__(self, kind: str, site: str, **facts: object) -> None:
         """Report it."""
-
-
-class Backwards:
-    """Counts backward passes by hooks on the first and the last parameter."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.alive = False
-        self.after: dict[int, Look] = {}
-        self.looking = True  # whether unseen changes after the last backward pass are looked for
-        self.spoiled = ""  # what a backward pass has shown of the compiled clip call before it
-        self._compiled = False  # whether compiled clip calls were seen
-        self._task = -2
-        self._handles: dict[int, Any] = {}
-
-    def watch(self, parameters: Sequence[Tensor]) -> None:
-        """Hook the first and the last of `parameters` that can get a gradient."""
-        able = [p for p in parameters if p.requires_grad and p.is_leaf]
-        for parameter in (able[0], able[-1]) if able else ():
-            if id(parameter) not in self._handles and len(self._handles) < MOST_HOOKS:
-                # `saw` belongs to this small object, which knows nothing of its recorder.
-                handle = parameter.register_post_accumulate_grad_hook(self.saw)  # type: ignore[no-untyped-call]
-                self._handles[id(parameter)] = handle
-
-    def saw(self, parameter: Tensor) -> None:
-        """Count the backward pass that has just reached `parameter`, once."""
-        task = _graph_task()
-        if task != self._task:
-            self._task = task
-            self.alive = True
-            self.count = n = self.count + 1
-            self.looking = n <= LOOK_AT_FIRST or n % LOOK_EVERY == 0
-        if COMPILED.total_norm is not None:
-            self._look_at_compiled(parameter)
-        if self.looking or self._compiled:
-            if parameter.grad is not None:
-                self.after[id(parameter)] = look(parameter)
-        elif self.after:
-            self.after.pop(id(parameter), None)
-
-    def _look_at_compiled(self, parameter: Tensor) -> None:
-        """A compiled clip call may have been given gradients that are now others."""
-        sure, self._compiled = self._compiled, True
-        if not COMPILED.acts_on((parameter,)):
-            return
-        before = self.after.get(id(parameter))
-        if before is None and sure:  # a step has used up what was there
-            self.spoiled = "clip-before-backward"
-        elif before is not None and before.grad() is parameter.grad:
-            self.spoiled = "clip-in-accumulation"
-        COMPILED.drop()
-
-    def written_since(self, ids: frozenset[int]) -> bool:
-        """Whether a watched gradient of these was written to or replaced since `backward()`."""
-        return any(s.changed() or s.replaced() for key, s in self.after.items() if key in ids)
-
-    def used(self, ids: frozenset[int]) -> None:
-        """A step has used the gradients of these; optimizers may write to them."""
-        for key in [key for key in self.after if key in ids]:
-            del self.after[key]
-
-    def look_again(self) -> None:
-        """Somebody has written to the watched gradients, and may."""
-        parameters = [p for s in self.after.values() if (p := s.parameter()) is not None]
-        self.after = {id(p): look(p) for p in parameters if p.grad is not None}
-
-    def close(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
-
-
-def spread(n: int) -> tuple[int, ...]:
-    """First, middle and last of `n`, each once."""
-    return (0, n >> 1, n - 1) if n >= 3 else tuple(range(n))
 
 
 class Pairing:
@@ -310,7 +105,7 @@ class Pairing:
                 self.events = [event]
                 return
             self.events = left[-MOST_PENDING:]
-            event.repeats = any(_had_these(e, event, now, sure=alive) for e in self.events)
+            event.repeats = any(had_these(e, event, now, sure=alive) for e in self.events)
         self.events.append(event)
 
     def _misplaced(self, site: str) -> None:
@@ -481,7 +276,7 @@ class Pairing:
         self._waiting = []
         if valid:
             result.rows += self._rows_of([e for e in valid if not e.used])
-            result.uncovered = _uncovered(with_grad, ids, valid)
+            result.uncovered = uncovered(with_grad, ids, valid)
             result.partly = bool(result.uncovered)
             for event in valid:
                 event.used = True
@@ -634,7 +429,7 @@ class Pairing:
             else:
                 if len({e.series for e in group if e.kind == "norm"}) > 1:
                     self._report("clip-by-parts", site, n=len(group))
-                rows += [_measured(e) for e in _distinct(group)]
+                rows += [row_of(e) for e in distinct(group)]
         return rows
 
     def _one_by_one(self, site: str, events: list[Event]) -> Measured:
@@ -671,62 +466,8 @@ class Pairing:
             self._report("unknown-gradients", name)
 
 
-def _measured(event: Event) -> Measured:
-    norm = event.norm if event.scale is None else divided(event.norm, event.scale)
-    asked = event.asked if event.kind != "backward" else None
-    return Measured(event.series, norm, event.each, asked)
-
-
-def _uncovered(
-    with_grad: list[Tensor], ids: frozenset[int], valid: Sequence[Event]
-) -> list[Tensor]:
-    """The parameters that no valid clip call was given."""
-    if any(ids <= event.series.ids for event in valid):
-        return []
-    covered: set[int] = set().union(*(event.series.ids for event in valid))
-    return [p for p in with_grad if id(p) not in covered]
-
-
-def _had_these(earlier: Event, event: Event, now: int, *, sure: bool) -> bool:
-    """Whether `earlier` had the gradients of `event` already, before anything clipped them.
-
-    Unless backward passes are counted for `sure`, none may have written to them since.
-    """
-    return (
-        earlier.backward == now
-        and not earlier.used
-        and event.series.ids <= earlier.series.ids
-        and not earlier.replaced()
-        and (sure or not earlier.changed())
-    )
-
-
-def divided(norm: Norm, scale: Tensor) -> Norm:
-    """A norm of gradients that a GradScaler has scaled, as it would be without."""
-    if isinstance(norm, Tensor):
-        return norm / scale.to(norm.device)
-    return norm / float(scale) if scale.device.type == "cpu" else norm / scale
-
-
-def _distinct(events: list[Event]) -> list[Event]:
-    """One norm given to several direct calls (one per device mesh) is one norm."""
-    kept: list[Event] = []
-    for event in events:
-        twin = event.kind == "given" and any(
-            e.kind == "given" and (e.given is event.given or _same(e.norm, event.norm))
-            for e in kept
-        )
-        if not twin:
-            kept.append(event)
-    return kept
-
-
 def _earlier_line(site: str, other: str) -> bool:
     """Whether `site` stands above `other` in one file."""
     file, _, line = site.rpartition(":")
     other_file, _, other_line = other.rpartition(":")
     return file == other_file and line.isdigit() and int(line) < int(other_line or 0)
-
-
-def _same(a: Norm, b: Norm) -> bool:
-    return isinstance(a, float) and a == b

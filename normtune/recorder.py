@@ -16,12 +16,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from normtune import findings, gradients, interception, optimizers, ranks, records
+from normtune import (
+    clipping,
+    findings,
+    gradients,
+    interception,
+    listening,
+    optimizers,
+    ranks,
+    records,
+    stepping,
+)
 from normtune.belt import Belt
 from normtune.buffer import SURE_AFTER, Buffer
 from normtune.errors import NormtuneError, RecordError
+from normtune.events import Measured
 from normtune.learning_rates import ScaledRates
-from normtune.pairing import Measured
 from normtune.records import FileStore, Finding, MemoryStore, NormRecord
 from normtune.watcher import Watcher
 
@@ -132,7 +142,7 @@ class NormRecorder(Watcher):
         if value is not None:
             value = _positive(value)
         self._max_norm = value
-        interception.impose_on_compiled()
+        listening.impose_on_compiled()
 
     @property
     def n_steps(self) -> int:
@@ -210,7 +220,7 @@ class NormRecorder(Watcher):
         known = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # a torch.no_grad() would be felt in small models
         try:
-            return interception.spy_clip_grad_norm_(
+            return clipping.spy_clip_grad_norm_(
                 parameters, max_norm, norm_type, error_if_nonfinite, foreach
             )
         finally:
@@ -282,13 +292,13 @@ class NormRecorder(Watcher):
             self._complain_once(f"could not write all of the record: {self._buffer.store.error}")
         self._finalizer.cancel()
         self._max_norm = None
-        interception.impose_on_compiled()
+        listening.impose_on_compiled()
         if self._pairing.meet is None or not self._ranks.leave():
             self._detach()
         self._lingers = True
 
     def _detach(self) -> None:
-        interception.unlisten(self)
+        listening.unlisten(self)
         self._pairing.backwards.close()
         self._hold(self._optimizers, held=False)
 
@@ -346,10 +356,10 @@ class NormRecorder(Watcher):
         interception.listen(self, parameters)
         self._hold(found, held=True)
         for optimizer in found:
-            interception.watch_unhooked(optimizer)
+            stepping.watch_unhooked(optimizer)
             if self._lr_factor != 1.0:
                 self._rates[id(optimizer)] = ScaledRates(optimizer, self._lr_factor)
-                interception.tell_failures(optimizer)
+                stepping.tell_failures(optimizer)
         if self._measure == "backward":
             self._watch_backward(parameters)
         else:
@@ -580,7 +590,7 @@ def record_norm(norm: float | Tensor) -> None:
     Raises:
         ValueError: If not exactly one recorder is open.
     """
-    recorders = [r for r in interception.listeners_of_thread() if isinstance(r, NormRecorder)]
+    recorders = [r for r in listening.listeners_of_thread() if isinstance(r, NormRecorder)]
     if len(recorders) != 1:
         message = (
             f"record_norm needs exactly one open recorder but found {len(recorders)}; "

@@ -11,19 +11,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from normtune import findings, gradients, interception, optimizers, ranks
+from normtune import clipping, findings, gradients, interception, optimizers, ranks, stepping
 from normtune.belt import Belt
+from normtune.callsites import call_site
 from normtune.errors import NormtuneError
-from normtune.interception import COMPILED, ClipCall
+from normtune.events import EachNorm, Event, Measured, Norm, Series, Step, divided
 from normtune.learning_rates import ScaledRates
-from normtune.pairing import EachNorm, Event, Measured, Norm, Pairing, Series, Step, divided
+from normtune.listening import COMPILED, ClipCall
+from normtune.pairing import Pairing
 
 FIRST_STEPS = 3  # whose place in the code is looked up
 NO_RATE = "cannot scale the learning rate: this training steps without an optimizer that has one"
 
 
 class Watcher(ABC):
-    """The listener of the dispatcher behind a recorder; see `interception.Listener`.
+    """The listener of the dispatcher behind a recorder; see `listening.Listener`.
 
     Args:
         found: The optimizers.
@@ -138,7 +140,7 @@ class Watcher(ABC):
     # --- clip calls
 
     def clip_begins(self, call: ClipCall) -> float | None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         if self._failed:
             return None
         try:
@@ -151,7 +153,7 @@ class Watcher(ABC):
         if self._pairing.failed is not None:
             self._settle_failed_clip()
         event = None
-        inside = self._stepping and not self._in_closure and interception.inside_step()
+        inside = self._stepping and not self._in_closure and stepping.inside_step()
         if self._measure == "step" and not inside:
             event = self._pairing.clip_begins(call)
         self._event = event
@@ -170,7 +172,7 @@ class Watcher(ABC):
         return limit
 
     def clip_ends(self, call: ClipCall) -> None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         event, self._event = self._event, None
         if event is None or self._failed:
             return
@@ -182,7 +184,7 @@ class Watcher(ABC):
             self._went_wrong(error)
 
     def clip_failed(self, call: ClipCall) -> None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         self._guarded(self._clip_failed, call)
 
     def _clip_failed(self, call: ClipCall) -> None:
@@ -191,7 +193,7 @@ class Watcher(ABC):
         self._pairing.failed = (self._pairing._series_of(call), self._pairing.backwards.count)
 
     def clip_found_nothing(self, call: ClipCall) -> None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         self._guarded(self._report, "clip-nothing", call.site)
 
     def _settle_failed_clip(self) -> None:
@@ -221,7 +223,7 @@ class Watcher(ABC):
     # --- steps
 
     def step_begins(self, optimizer: Any, *, closure: bool) -> None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         if self._failed:
             return
         try:
@@ -283,14 +285,14 @@ class Watcher(ABC):
         return True
 
     def closure_begins(self, optimizer: Any) -> None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         self._in_closure = True
         rates = self._rates.get(id(optimizer))
         if rates is not None:
             rates.restore()
 
     def closure_ends(self, optimizer: Any) -> None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         self._in_closure = False
         self._guarded(self._closure_ended, optimizer)
 
@@ -303,7 +305,7 @@ class Watcher(ABC):
         self._scale_rates(optimizer)
 
     def step_ends(self, optimizer: Any) -> None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         self._stepping = False
         if self._failed:
             return
@@ -322,14 +324,14 @@ class Watcher(ABC):
         self._step_over()
 
     def step_failed(self, optimizer: Any) -> None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         self._stepping, self._in_closure, self._closure_rows = False, False, None
         if id(optimizer) in self._rates:
             self._rates[id(optimizer)].restore()
         self._give_back_gradients()
 
     def step_skipped(self, optimizer: Any) -> None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         self._guarded(self._step_skipped, optimizer)
 
     def _step_skipped(self, optimizer: Any) -> None:
@@ -344,7 +346,7 @@ class Watcher(ABC):
         self._maybe_flush()
 
     def unscaled(self, optimizer: Any, scale: Tensor, *, done: bool) -> None:
-        """See `interception.Listener`."""
+        """See `listening.Listener`."""
         parameters = optimizers.parameters(optimizer)
         self._guarded(self._pairing.unscaled, parameters, scale, done=done)
 
@@ -388,7 +390,7 @@ class Watcher(ABC):
         if self._pairing.failed is not None:
             self._settle_failed_clip()
         if self.steps_begun <= FIRST_STEPS:
-            self._pairing.step_site = interception.call_site()
+            self._pairing.step_site = call_site()
             self._pairing.backwards.watch([p for p in parameters if p.grad is not None])
         self._listen_to_new(parameters)
         compiled = COMPILED.acts_on(parameters)
@@ -448,7 +450,7 @@ class Watcher(ABC):
     def _clip_rest(self, uncovered: Sequence[Tensor], limit: float, scale: Tensor | None) -> None:
         grads = gradients.gradients_of(uncovered)
         p = self._norm_type
-        interception.clip_now(uncovered, grads, limit, norm_type=p, scale=scale)
+        clipping.clip_now(uncovered, grads, limit, norm_type=p, scale=scale)
 
     def _set_gradients_aside(self, parameters: Sequence[Tensor]) -> None:
         """Without gradients the step changes nothing, neither parameters nor momentum."""

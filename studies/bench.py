@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normtune import interception
-from normtune.pairing import Backwards
+from normtune import listening
+from normtune.backwards import Backwards
 from normtune.recorder import NormRecorder
 
 # Parameters -> layers of an MLP and samples a step.
@@ -145,11 +145,11 @@ def norm_alone(parameters: list[Tensor]) -> Tensor:
 
 def unwatched(function: Callable[..., object], parameters: list[Tensor], max_norm: float) -> object:
     """The function of torch as it runs in a process that has no recorder."""
-    spied, interception._owners = interception._owners, {}
+    spied, listening.owners = listening.owners, {}
     try:
         return function(parameters, max_norm)
     finally:
-        interception._owners = spied
+        listening.owners = spied
 
 
 def rivals(model: nn.Module, parameters: list[Tensor]) -> dict[str, Callable[[float], object]]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from normtune import automatic, interception, orders
+from normtune import automatic, interception, listening, orders
 from normtune.errors import NormtuneError
 from normtune.launch import findings_in, records_in
 from normtune.orders import Orders
@@ -39,7 +39,7 @@ def reside(tmp_path, monkeypatch):
     for resident in made:
         resident.over()
     interception.reside(None)
-    interception.COMPILED.watched = bool(interception.listeners_of_thread())
+    listening.COMPILED.watched = bool(listening.listeners_of_thread())
 
 
 def run(case, resident, clip=loops.CLIP):

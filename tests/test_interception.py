@@ -19,7 +19,7 @@ from loops import early_bound
 from torch import nn
 from torch.nn.utils import clip_grad
 
-from normtune import interception
+from normtune import interception, listening
 from normtune.errors import NormtuneError
 from normtune.recorder import NormRecorder
 
@@ -70,7 +70,7 @@ def test_this_torch_builds_its_clip_functions_as_the_dispatcher_knows(name):
     interception.install()
     function = getattr(clip_grad, name)
     cell = function.__closure__[function.__code__.co_freevars.index("func")]
-    assert cell.cell_contents.__module__ == interception.__name__
+    assert cell.cell_contents.__module__ == "normtune.clipping"
 
 
 def test_the_step_hooks_are_imported_by_their_own_name():
@@ -569,7 +569,7 @@ def test_nothing_keeps_a_model_alive():
         del model, recorder
         gc.collect()
         assert [r() for r in gone] == [None] * len(gone)
-    assert not interception._owners
+    assert not listening.owners
 
 
 def test_gradients_are_not_kept_alive():
