@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ MOST_HOOKS = 24
 # Looking for unseen changes costs 5 microseconds. A prime number of passes lies between two looks,
 # since two losses or three, one after the other, must all be looked at.
 LOOK_AT_FIRST, LOOK_EVERY = 32, 31
+_untraced: list[Callable[..., None]] = []  # `saw` for the compiler, which must not trace it
 _graph_task = torch._C._current_graph_task_id
 
 
@@ -33,6 +34,8 @@ class Backwards:
 
     def watch(self, parameters: Sequence[Tensor]) -> None:
         """Hook the first and the last of `parameters` that can get a gradient."""
+        if not _untraced:
+            _untraced.append(torch.compiler.disable(Backwards.saw))  # type: ignore[no-untyped-call]
         able = [p for p in parameters if p.requires_grad and p.is_leaf]
         for parameter in (able[0], able[-1]) if able else ():
             if id(parameter) not in self._handles and len(self._handles) < MOST_HOOKS:
@@ -42,6 +45,9 @@ class Backwards:
 
     def saw(self, parameter: Tensor) -> None:
         """Count the backward pass that has just reached `parameter`, once."""
+        if torch.compiler.is_compiling():  # a compiled function called backward()
+            _untraced[0](self, parameter)
+            return
         task = _graph_task()
         if task != self._task:
             self._task = task

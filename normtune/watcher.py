@@ -109,12 +109,16 @@ class Watcher(ABC):
         self_ref = weakref.ref(self)
         state = {"task": -2}
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def normtune_end() -> None:
             recorder = self_ref()
             if recorder is not None:
                 recorder._guarded(recorder._backward_ended)
 
         def normtune_backward(parameter: Tensor) -> None:
+            if torch.compiler.is_compiling():  # a compiled function called backward()
+                untraced(parameter)
+                return
             recorder = self_ref()
             task = torch._C._current_graph_task_id()
             if recorder is None or task == state["task"]:
@@ -124,6 +128,7 @@ class Watcher(ABC):
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(normtune_end)
 
+        untraced = torch.compiler.disable(normtune_backward)  # type: ignore[no-untyped-call]
         backwards = self._pairing.backwards
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:

@@ -221,3 +221,39 @@ def test_a_learning_rate_factor_holds_in_a_compiled_step():
         return list(model.parameters())
 
     assert all(map(torch.equal, run(factor=True), run(factor=False)))
+
+
+def whole_step(options=None, *, compiled, clip, steps=80):
+    """A training whose step, backward() and all, is one compiled function."""
+    counter = CompileCounterWithBackend("eager")
+    model = loops.net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    recorder = NormRecorder(optimizer, **options) if options is not None else None
+
+    def step(x, y):
+        optimizer.zero_grad()
+        loops.loss_of(model, x, y).backward()
+        if clip:
+            early_bound(model.parameters(), loops.CLIP)
+        optimizer.step()
+
+    train = torch.compile(step, backend=counter) if compiled else step
+    for x, y in loops.batches(steps):
+        train(x, y)
+    if recorder:
+        recorder.close()
+    return recorder, counter.frame_count, list(model.parameters())
+
+
+@pytest.mark.parametrize("measure", ["step", "backward"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_step_that_is_compiled_with_its_backward_pass_is_seen_and_not_retraced(clip, measure):
+    """The compiler meets the hooks of backward(), too; it must not trace them (row 64)."""
+    ours, frames, parameters = whole_step({"measure": measure}, compiled=True, clip=clip)
+    torch._dynamo.reset()
+    _, expected, others = whole_step(compiled=True, clip=clip)
+    assert frames == expected > 1
+    assert all(map(torch.equal, parameters, others))
+    eager, _, _ = whole_step({"measure": measure}, compiled=False, clip=clip)
+    assert len(ours.record) == len(eager.record) == 80
+    np.testing.assert_allclose(ours.record.norms, eager.record.norms, rtol=1e-5)
