@@ -72,6 +72,8 @@ def _run(task: Task, watched: Path) -> Judgement:
         metadata=task.metadata,
         stop_diverged=not task.finish_diverged,
     )
+    import psutil  # noqa: F401  to end what is left needs it at once
+
     kills = _kills()
     _adopt_orphans()
     signal.signal(signal.SIGTERM, _leave)
@@ -131,6 +133,7 @@ def _adopt_orphans() -> None:
 
 def _leave(number: int, _: FrameType | None) -> None:
     """Not from here: what the signal interrupts may be waiting for the command, with a lock."""
+    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the ending
     raise SystemExit(128 + number)
 
 

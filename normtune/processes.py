@@ -103,10 +103,12 @@ class Child:
         return Outcome("crashed", reason=f"ended with exit code {code} and left no result")
 
     def _signal(self, number: int) -> None:
-        for send in (os.killpg, os.kill):  # it may not lead its group yet
+        try:
+            os.killpg(self.pid, number)
+        except (ProcessLookupError, PermissionError):  # it may not lead its group yet
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                if send is os.killpg or self._process.is_alive():
-                    send(self.pid, number)
+                if self._process.is_alive():
+                    os.kill(self.pid, number)
 
 
 def first_to_end(children: Sequence[Child], timeout: float | None = None) -> list[Child]:
@@ -123,6 +125,8 @@ def end_all(children: Sequence[Child]) -> None:
     for child in children:
         child._process.join(max(0.0, deadline - time.monotonic()))
     for child in children:
+        if child.running:  # on a busy machine it may not have come to it
+            end_descendants(child.pid)
         child._signal(signal.SIGKILL)
         child._process.join()
 
@@ -165,13 +169,19 @@ def _die_with_parent() -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def end_descendants() -> None:
-    """End all that this process started, sessions of their own (torchrun's workers) included."""
+def end_descendants(pid: int | None = None) -> None:
+    """End all that a process started, sessions of their own (torchrun's workers) included.
+
+    Args:
+        pid: The process; None is this one.
+    """
     import psutil
 
-    me = psutil.Process()
     for _ in range(MOST_ROUNDS):  # one that is about to start another is seen before it has
-        alive = [p for p in me.children(recursive=True) if _runs(p)]
+        try:
+            alive = [p for p in psutil.Process(pid).children(recursive=True) if _runs(p)]
+        except psutil.Error:  # it is gone, and left nothing that could be found by it
+            return
         if not alive:
             return
         for process in alive:

@@ -7,13 +7,16 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
+from several import until
 from small_study import gone, optuna_study
 from typer.testing import CliRunner
 
@@ -53,13 +56,18 @@ def write_study(folder, body="", *, command=None, **keys):
     return path
 
 
-def pretended(tmp_path, body="", **how):
-    """The outcome of one run of the stand-in."""
+def pretending(tmp_path, body="", **how):
+    """A run of the stand-in."""
     shutil.copy(SCRIPTS / "pretend.py", tmp_path)
     command = (PYTHON, "pretend.py", "{seed}", *([body] if body else []))
     known = {"folder": tmp_path / "run", "train": "", "home": tmp_path, "seed": 3}
     known |= {"command": command, "metric": METRIC}
-    child = Child(Task(**{**known, **how}))
+    return Child(Task(**{**known, **how}))
+
+
+def pretended(tmp_path, body="", **how):
+    """The outcome of one run of the stand-in."""
+    child = pretending(tmp_path, body, **how)
     try:
         assert first_to_end([child], timeout=60)
     finally:
@@ -220,6 +228,22 @@ def test_what_a_command_leaves_behind_ends_with_it(tmp_path):
     """A process in a session of its own, as torchrun's workers are, included."""
     pretended(tmp_path, ORPHAN.format(then="os._exit(0)"))
     (pid,) = re.findall(r"pid (\d+)", (tmp_path / "run" / "output.txt").read_text())
+    assert gone(int(pid))
+
+
+def test_a_run_that_is_told_again_and_again_to_end_still_ends_what_it_started(tmp_path):
+    """A second signal does not interrupt the ending that the first one began."""
+    child = pretending(tmp_path, ORPHAN.format(then="time.sleep(300)"))
+    output = tmp_path / "run" / "output.txt"
+    try:
+        until(lambda: output.exists() and "pid" in output.read_text())
+        for _ in range(100):
+            child._signal(signal.SIGTERM)
+            time.sleep(0.002)
+        assert first_to_end([child], timeout=30)
+    finally:
+        end_all([child])
+    (pid,) = re.findall(r"pid (\d+)", output.read_text())
     assert gone(int(pid))
 
 
