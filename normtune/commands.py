@@ -72,8 +72,6 @@ def _run(task: Task, watched: Path) -> Judgement:
         metadata=task.metadata,
         stop_diverged=not task.finish_diverged,
     )
-    import psutil  # noqa: F401  to end what is left needs it at once
-
     kills = _kills()
     _adopt_orphans()
     signal.signal(signal.SIGTERM, _leave)

@@ -74,16 +74,6 @@ def row(
     return text + "}"
 
 
-def lines_of(rows: Iterable[tuple[int, float, Mapping[str, Any]]]) -> list[str]:
-    """The line of each row of (step, norm, extra); nearly all are plain numbers."""
-    return [
-        f'{{"step": {step}, "norm": {norm!r}}}'
-        if not extra and type(norm) is float and math.isfinite(norm)
-        else row(step, norm, **extra)
-        for step, norm, extra in rows
-    ]
-
-
 def strict(value: Any) -> Any:
     """`value` with every non-finite number replaced by the string "inf", "-inf" or "nan"."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -20,8 +20,8 @@ from normtune.records.lines import (
     Lines,
     dumps,
     header,
-    lines_of,
     may_be_record,
+    row,
     strict,
 )
 from normtune.records.record import NormRecord
@@ -221,7 +221,11 @@ class FileStore:
 
     def rows(self, rows: Sequence[Row]) -> None:
         """Append `rows`."""
-        self._writer.write(lines_of(rows))
+        lines = [
+            row(step, norm, **extra) if extra else row(step, norm)  # type: ignore[arg-type]
+            for step, norm, extra in rows
+        ]
+        self._writer.write(lines)
 
     def declare(self, line: Json) -> None:
         """Append the description of a series."""
